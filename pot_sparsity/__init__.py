@@ -1,0 +1,1 @@
+"""Post-training sparsity and INT8 for exported networks."""

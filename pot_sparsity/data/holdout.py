@@ -1,0 +1,38 @@
+"""The slice of the calibration samples that no fit ever sees, so that decisions can be judged on it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pot_sparsity.data.dataset import Dataset
+
+
+def split_holdout(dataset: Dataset, fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Draw ``fraction`` of the samples (rounded, at least one on each side) as the held-out slice.
+
+    Both parts keep the dataset's order. A single sample, or a fraction of 0, cannot be split: then both parts
+    are the whole dataset.
+
+    Parameters
+    ----------
+    dataset
+        Plain samples; augment only the first part that comes back.
+    fraction
+        0 <= fraction < 1; ValueError otherwise.
+    seed
+        Of the draw, which depends on it and on the number of samples alone.
+
+    Returns
+    -------
+    tuple
+        ``(fit, held_out)``.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"held-out fraction {fraction} is not in 0 <= fraction < 1")
+    count = len(dataset)
+    if count < 2 or fraction == 0.0:
+        return dataset, dataset
+    held = min(max(1, round(fraction * count)), count - 1)
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng(seed).choice(count, size=held, replace=False)] = True
+    return dataset.subset(np.flatnonzero(~chosen)), dataset.subset(np.flatnonzero(chosen))

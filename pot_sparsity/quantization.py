@@ -1,0 +1,152 @@
+"""INT8 through NNCF: places quantizers in a prepared model and proves that every zero stayed a zero.
+
+NNCF must see a graph whose BatchNorms are fused and whose weights are direct constants: on a Reshape in front of
+a depthwise weight it scales along the wrong axes, which can cost tens of points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+
+import nncf
+import numpy as np
+import onnx
+import openvino as ov
+from nncf.common.logging import nncf_logger
+
+from pot_sparsity.algorithms.arrays import AnyArray
+from pot_sparsity.data.dataset import Dataset
+from pot_sparsity.errors import ModelError, PotSparsityError
+from pot_sparsity.graph.discovery import find_layers
+from pot_sparsity.graph.load import load_model
+from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.passes import fold_weight_chains
+from pot_sparsity.graph.weights import read_weight
+from pot_sparsity.recipe import QuantizationSettings
+
+_PRESETS = {"mixed": nncf.QuantizationPreset.MIXED, "performance": nncf.QuantizationPreset.PERFORMANCE}
+
+
+def quantize(
+    model: Model,
+    dataset: Dataset,
+    settings: QuantizationSettings,
+    *,
+    ignored_scope: nncf.IgnoredScope | None = None,
+) -> Model:
+    """Quantize weights (symmetric, per channel) and activations to INT8.
+
+    Parameters
+    ----------
+    model
+        Prepared model, BatchNorm fused; not changed.
+    dataset
+        Calibration samples; the first ``settings.samples`` are used.
+    settings
+        Preset and NNCF's own options.
+    ignored_scope
+        Operators NNCF leaves in floating point.
+
+    Raises
+    ------
+    ModelError
+        NNCF cannot quantize this model.
+    """
+    folded = model.copy()
+    fold_weight_chains(folded)
+    size = model.batch_size or 1
+    steps = max(1, min(settings.samples, len(dataset)) // size)
+    with _quiet():
+        try:
+            native = nncf.quantize(
+                folded.native,
+                nncf.Dataset(_Samples(folded, dataset, size, steps)),
+                preset=_PRESETS[settings.preset],
+                subset_size=steps,
+                fast_bias_correction=settings.fast_bias_correction,
+                ignored_scope=ignored_scope,
+            )
+        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"NNCF cannot quantize this model ({reason}); run with --no-int8") from error
+    result = load_model(native)
+    result.source = model.source
+    result.edits = list(folded.edits)
+    return result
+
+
+def lost_zeros(sparse: Model, quantized: Model) -> dict[str, int]:
+    """Weights that are zero in ``sparse`` and not in ``quantized``, by layer; empty when every zero survived.
+
+    Raises
+    ------
+    PotSparsityError
+        A layer of the sparse model cannot be found in the quantized one.
+    """
+    after = {layer.name: layer for layer in find_layers(quantized.graph).layers}
+    lost: dict[str, int] = {}
+    for layer in find_layers(sparse.graph).layers:
+        before = read_weight(sparse, layer)
+        if not (before == 0.0).any():
+            continue
+        if layer.name not in after:
+            raise PotSparsityError(f"layer {layer.name!r} is not to be found in the quantized model")
+        number = int(np.count_nonzero(read_weight(quantized, after[layer.name])[before == 0.0]))
+        if number:
+            lost[layer.name] = number
+    return lost
+
+
+class _Samples:
+    """Feeds NNCF batch by batch; both of its backends accept inputs by name, OpenVINO's by position too."""
+
+    def __init__(self, model: Model, dataset: Dataset, size: int, steps: int) -> None:
+        self._names = model.input_names
+        self._by_name = isinstance(model.native, onnx.ModelProto)
+        self._dataset = dataset
+        self._size = size
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[dict[str | int, AnyArray]]:
+        for batch in islice(self._dataset.batches(self._size), self._steps):
+            if batch.size == self._size:
+                yield {
+                    (name if self._by_name else index): batch.inputs[name] for index, name in enumerate(self._names)
+                }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence NNCF's bars and notices; warnings of the libraries below it are not the user's business."""
+    level = nncf_logger.level
+    nncf_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        nncf_logger.setLevel(level)
+
+
+def convert_to_openvino(model: Model) -> Model:
+    """The same model as OpenVINO IR, with BatchNorm fused and constants folded by OpenVINO's own converter."""
+    native = model.native
+    if isinstance(native, ov.Model):
+        return model
+    with _quiet():
+        try:
+            converted = ov.convert_model(io.BytesIO(native.SerializeToString()))
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO cannot convert this model: {str(error).splitlines()[0]}") from error
+    result = load_model(converted)
+    result.source = model.source
+    result.edits = list(model.edits)
+    return result

@@ -1,0 +1,262 @@
+"""Recipes: one YAML file, or the same words in Python, that names the stages of a run and their settings.
+
+A recipe is read from a file or by the name of one that ships with the package (``default``, ``pot``), then
+single keys are overridden (``--set pruning.method=magnitude``). Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pot_sparsity.algorithms.allocation import ALLOCATIONS
+from pot_sparsity.algorithms.arrays import Pattern
+from pot_sparsity.algorithms.pruning import SOLVERS
+from pot_sparsity.errors import RecipeError
+
+When = Literal["always", "helps", "never"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Section):
+    """How calibration samples are used."""
+
+    samples: int | None = Field(None, ge=1, description="use at most so many samples (a seeded draw); all by default")
+    batch_size: int = Field(64, ge=1, description="samples per inference")
+    holdout: float = Field(0.15, ge=0.0, lt=1.0, description="fraction of samples that never enters a fit")
+    augment: tuple[Literal["flip", "crop"], ...] = Field((), description="augmentation of the samples that fit")
+    augment_factor: int = Field(1, ge=1, description="augmented samples per sample")
+    max_positions: int | None = Field(
+        None, ge=1, description="sample at most so many output positions per sample; exact moments by default"
+    )
+
+
+class AllocationSettings(_Section):
+    """Which sparsity each layer gets."""
+
+    method: str = Field("l2_normalized_magnitude", description="name of the allocation")
+    options: dict[str, float | bool] = Field(default_factory=dict, description="options of that allocation")
+    max_layer_sparsity: float = Field(1.0, gt=0.0, le=1.0, description="no layer gets sparser than this")
+    ignored_names: tuple[str, ...] = Field((), description="layers left dense, by node name")
+    ignored_patterns: tuple[str, ...] = Field((), description="layers left dense, by regular expression")
+    ignored_types: tuple[str, ...] = Field((), description="layers left dense, by operator type")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, ALLOCATIONS, "allocation")
+
+
+class PruningSettings(_Section):
+    """How the weights of one layer are chosen and removed."""
+
+    method: str = Field("admm", description="name of the layer solver")
+    pattern: str = Field("unstructured", description="unstructured, n:m or block:c")
+    options: dict[str, float | bool | int | str] = Field(default_factory=dict, description="options of the solver")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, SOLVERS, "pruning method")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        return str(Pattern.parse(value))
+
+
+class ReconstructionSettings(_Section):
+    """What the kept weights are fitted to."""
+
+    input: Literal["dense", "sparse"] = Field(
+        "sparse", description="fit on the dense model's inputs, or on the sparse model's own against dense outputs"
+    )
+    masks: Literal["kept", "solved"] = Field(
+        "kept", description="with sparse inputs: keep the masks of the pruning stage, or solve for them again"
+    )
+
+
+class CorrectionSettings(_Section):
+    """Repairing statistics without gradients."""
+
+    weights: Literal["none", "published", "exact"] = Field(
+        "none", description="per-channel mean and variance of the weights (POT), as published or exact"
+    )
+    bias: bool = Field(True, description="one-shot activation-bias correction (exact: the bias is fitted too)")
+    differential: When = Field(
+        "helps", description="per-channel mean and deviation of each layer's output, measured in sequence"
+    )
+    scale: bool = Field(True, description="let the differential correction rescale channels")
+    clip: tuple[float, float] = Field((0.5, 2.0), description="bounds of that rescaling")
+
+
+class ScheduleSettings(_Section):
+    """How the global sparsity rises."""
+
+    kind: Literal["auto", "one_shot", "cubic"] = Field(
+        "auto", description="auto: cubic where max_drop has to be watched, else straight to the target"
+    )
+    initial: float = Field(0.1, ge=0.0, le=1.0, description="s_i of the cubic schedule")
+    iterations: int = Field(10, ge=1, description="T of the cubic schedule")
+    max_drop: float | None = Field(None, ge=0.0, description="largest allowed drop of the metric, in its points")
+
+
+class QuantizationSettings(_Section):
+    """INT8 through NNCF."""
+
+    enabled: bool = Field(True, description="whether to quantize at all")
+    preset: Literal["mixed", "performance"] = Field(
+        "mixed", description="mixed: asymmetric activations; performance: symmetric"
+    )
+    samples: int = Field(300, ge=1, description="calibration samples NNCF sees (its subset_size)")
+    fast_bias_correction: bool = Field(True, description="NNCF's fast instead of its full bias correction")
+
+
+class Recipe(_Section):
+    """All settings of a run."""
+
+    sparsity: float = Field(0.5, ge=0.0, le=1.0, description="fraction of zeros over all layers that take part")
+    seed: int = Field(0, ge=0, description="seed of every draw")
+    calibration: Calibration = Calibration()
+    allocation: AllocationSettings = AllocationSettings()
+    pruning: PruningSettings = PruningSettings()
+    reconstruction: ReconstructionSettings = ReconstructionSettings()
+    correction: CorrectionSettings = CorrectionSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    quantization: QuantizationSettings = QuantizationSettings()
+
+    def dump(self) -> str:
+        """The recipe as YAML, as written into the run directory."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _one_of(value: str, known: Iterable[str], what: str) -> str:
+    names = sorted(known)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(value, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {value!r}{hint} (known: {', '.join(names)})")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("pot_sparsity.configs")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key.path=value`` overrides (values in YAML).
+
+    Parameters
+    ----------
+    source
+        A file, the name of a shipped recipe, a mapping, or None for ``default``.
+    overrides
+        ``key.path=value`` strings, applied in order.
+
+    Raises
+    ------
+    RecipeError
+        File missing or not YAML, unknown key (the nearest known one is named), illegal value.
+    """
+    settings = _read(source)
+    for text in overrides:
+        _override(settings, text)
+    return validate_recipe(settings)
+
+
+def validate_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """Validate a nested mapping; RecipeError in one line names the key and what is wrong with it."""
+    try:
+        return Recipe.model_validate(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(_unknown_key(path)) from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise RecipeError(f"recipe key '{path}': {message} (got {first['input']!r})") from None
+
+
+def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return _deep_copy(source)
+    name = "default" if source is None else str(source)
+    if name in shipped_recipes():
+        text = resources.files("pot_sparsity.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a text file"
+            raise RecipeError(
+                f"cannot read recipe {name!r}: {reason}; give a YAML file or one of {', '.join(shipped_recipes())}"
+            ) from None
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"recipe {name!r} is not valid YAML{where}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"recipe {name!r} must be a mapping of keys, got {type(settings).__name__}")
+    return settings
+
+
+def _deep_copy(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+
+
+def _override(settings: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text!r} must look like key.path=value")
+    *parents, last = key.strip().split(".")
+    section = settings
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"--set {text!r}: '{parent}' is a single value, not a section")
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text!r}: the value is not valid YAML") from None
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of the recipe with its description."""
+    keys: dict[str, str] = {}
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys |= known_keys(kind, f"{prefix}{name}.")
+        else:
+            choices = [str(c) for c in get_args(kind) if isinstance(c, str)]
+            keys[prefix + name] = (info.description or "") + (f" [{' | '.join(choices)}]" if choices else "")
+    return keys
+
+
+def _unknown_key(path: str) -> str:
+    known = known_keys()
+    sections = sorted({key.rsplit(".", 1)[0] for key in known if "." in key})
+    parent = path.rpartition(".")[0]
+    here = [key for key in [*known, *sections] if key.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(path, here, 1, 0.5) or difflib.get_close_matches(path, [*known, *sections], 1, 0.5)
+    if not near:
+        leaf = path.rpartition(".")[2]
+        near = [key for key in known if key.rpartition(".")[2] == leaf][:1]
+    hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(sorted(here))}"
+    return f"unknown recipe key '{path}'{hint}"

@@ -1,19 +1,20 @@
-"""Gram matrices of unfolded inputs, summed over a batch without ever unfolding more than a bounded piece of it.
+"""Gram matrices of unfolded inputs, summed over a batch without ever unfolding more than a bounded piece of
+it.
 
 Three exact kernels, chosen by :func:`conv_gram`; each adds to a dictionary of float64 sums, from which
-:func:`assemble` builds ``sum x x^T [groups, cols, cols]``. Sums of different batches add, so accumulators merge.
+:func:`assemble` builds ``sum x x^T [groups, cols, cols]``. Sums of different batches add, so accumulators
+merge.
 
 Shift kernel (:class:`RowPlan`)
-    The input is laid out as ``U [channels, taps of the other axes, input row, N, rest]`` with input row the first
-    spatial axis. A tap a of that axis reads rows ``o + a * dilation - pad`` for all outputs o, so that when its stride
-    is 1 every tap is a contiguous slice of U: none is copied. Moreover ``G(a, a + d) = sum_o U[row_a(o)] U[row_a+d(o)]^T``
-    depends on d alone, apart from a few border rows: for a 3x3 kernel three products ``U[r] U[r + d]^T`` and their
-    border corrections replace the nine (six by symmetry) blocks, at a third of the copying. Where the corrections would
-    cost more than they save, or the axis has strides or is transposed, its taps are copied like those of the others.
-Band kernel (:func:`_band_gram`)
-    Depthwise layers have one tiny Gram matrix per channel. For each row distance the products of *whole rows*
-    ``sum x[r, :]^T x[r + D, :] [W, W]`` (tiled for wide maps) are one well-shaped batched product per channel; all tap
-    pairs are sums along its diagonals.
+    The input is laid out as ``U [channels, taps of the other axes, input row, N, rest]`` with input row the
+    first spatial axis. A tap a of that axis reads rows ``o + a * dilation - pad`` for all outputs o, so that
+    when its stride is 1 every tap is a contiguous slice of U: none is copied. Moreover ``G(a, a + d) = sum_o
+    U[row_a(o)] U[row_a+d(o)]^T`` depends on d alone, apart from a few border rows: for a 3x3 kernel three
+    products ``U[r] U[r + d]^T`` and their border corrections replace the nine (six by symmetry) blocks, at a
+    third of the copying. Where the corrections would cost more than they save, or the axis has strides or is
+    transposed, its taps are copied like those of the others.
+Band kernel (:mod:`pot_sparsity.algorithms.band_gram`)
+    Depthwise layers of stride 1: one tiny Gram matrix per channel.
 Pointwise kernel
     A 1x1 layer needs no copy: ``X_n X_n^T`` per sample, unless the map is small against the channels.
 """
@@ -29,15 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pot_sparsity.algorithms.arrays import ConvGeometry, Float64
-from pot_sparsity.algorithms.patches import AxisTaps, Workspace, axis_taps, copy_taps
+from pot_sparsity.algorithms.band_gram import band_gram
+from pot_sparsity.algorithms.patches import AxisTaps, Workspace, axis_taps, copy_taps, even_step
 
 Kind: TypeAlias = Literal["full", "shift", "cross", "cross-shift"]
 Sums: TypeAlias = dict[tuple[Kind, int, int], Float64]
 
 _PIECE_LEAST = 4 << 20  # bytes of U below which a chunk's overheads show
 _PIECE_MOST = 64 << 20  # bytes of U at most, the memory bound
-_TILE = 16  # columns of one tile of the band kernel
-_BAND_PIECE = 8 << 20
 
 
 def add(sums: Sums, key: tuple[Kind, int, int], value: NDArray[Any], sign: float = 1.0) -> None:
@@ -101,7 +101,7 @@ class RowPlan:
         rows, out, kernel = axes[0].size_in, axes[0].size_out, geometry.kernel[0]
         if kernel > 1 and not geometry.transposed and geometry.strides[0] == 1:
             dilation = geometry.dilations[0]
-            pad = _pad_of(axes[0], dilation)
+            pad = axes[0].pad(dilation)
             terms = _shift_terms(kernel, dilation, pad, rows, out)
             cost = sum((t.last - t.first) * (1.0 if t.distance else 0.5) for t in terms)
             if cost < 0.8 * kernel * kernel * out / 2:
@@ -109,16 +109,9 @@ class RowPlan:
         return cls(axes, 1, 1, 0, out, (Term(0, 0, 1.0, 0, out, 0),))
 
 
-def _pad_of(axis: AxisTaps, dilation: int) -> int:
-    """Return the padding before the first row of an axis of stride 1, read off a tap that reads anything."""
-    for tap, (out, start, count) in enumerate(axis.taps):
-        if count:
-            return out - start + tap * dilation
-    return 0
-
-
 def _shift_terms(kernel: int, dilation: int, pad: int, rows: int, out: int) -> tuple[Term, ...]:
-    """Write ``G(a, a + d) = sum_{j <= a} S(d, j)``: S(d, 0) over all rows of tap 0, S(d, j) the rows by which tap j differs.
+    """Write ``G(a, a + d) = sum_{j <= a} S(d, j)``: S(d, 0) over all rows of tap 0, S(d, j) the rows by which
+    tap j differs.
 
     Rows outside ``0 <= r`` and ``r + d * dilation < rows`` are padding and fall away.
     """
@@ -136,20 +129,15 @@ def _shift_terms(kernel: int, dilation: int, pad: int, rows: int, out: int) -> t
     return tuple(terms)
 
 
-def _even(total: int, most: int) -> int:
-    """Step that cuts ``total`` into as few pieces as ``most`` does, of nearly the same size."""
-    return -(-total // -(-total // most))
-
-
 def _pieces(x: NDArray[Any], plan: RowPlan) -> Iterator[tuple[slice, int, int]]:
     """Split a batch ``[N, C, rows, *rest]`` into (samples, first row, last row) pieces of bounded size."""
     cols = x.shape[1] * prod(len(axis.taps) for axis in plan.axes)
     per_row = prod(axis.size_out for axis in plan.axes[1:])
     wanted = piece_samples(cols, x.itemsize)
     per_sample = (plan.rows + plan.reach) * per_row
-    step = _even(x.shape[0], max(1, wanted // per_sample))
+    step = even_step(x.shape[0], max(1, wanted // per_sample))
     most = _PIECE_MOST // (cols * x.itemsize)
-    height = plan.rows if per_sample <= most else _even(plan.rows, max(1, most // per_row - plan.reach))
+    height = plan.rows if per_sample <= most else even_step(plan.rows, max(1, most // per_row - plan.reach))
     for start in range(0, x.shape[0], step):
         for first in range(0, plan.rows, height):
             yield slice(start, start + step), first, min(first + height, plan.rows)
@@ -163,7 +151,9 @@ def row_gram(
     workspace: Workspace,
     y: NDArray[Any] | None = None,
 ) -> None:
-    """Add the Gram matrix of a batch ``[N, C, *spatial]``, and with ``y [N, out, *out_spatial]`` the cross products."""
+    """Add the Gram matrix of a batch ``[N, C, *spatial]``, and with ``y [N, out, *out_spatial]`` the cross
+    products.
+    """
     kind: Kind = "shift" if plan.shifts > 1 else "full"
     taps = tuple(len(axis.taps) for axis in plan.axes)
     rest = tuple(axis.size_out for axis in plan.axes[1:])
@@ -173,7 +163,8 @@ def row_gram(
         part = x[samples].swapaxes(0, 1)
         count, run = part.shape[1], part.shape[1] * prod(rest)
         buffer = workspace.zeroed((x.shape[1], *taps, top - first, count, *rest), x.dtype, axes)
-        # [C, N, *kernel, rows, *rest] is the order copy_taps writes; U keeps rows before N so that shifts are slices.
+        # [C, N, *kernel, rows, *rest] is the order copy_taps writes; U keeps rows before N so that shifts are
+        # slices.
         copy_taps(np.moveaxis(buffer, 2 + len(taps), 1), part, axes)
         u = buffer.reshape(groups, -1, (top - first) * run)
         for term in plan.terms:
@@ -268,7 +259,7 @@ def conv_gram(
             return
     plain = not geometry.transposed and set(geometry.strides) == {1}
     if plain and len(axes) == 2 and channels == groups and y is None:
-        _band_gram(sums, x, geometry, axes, workspace)
+        add(sums, ("full", 0, 0), band_gram(x, geometry, axes, workspace))
     else:
         row_gram(sums, x, groups, RowPlan.of(geometry, axes), workspace, y)
 
@@ -303,7 +294,9 @@ def _as_map(
 def pointwise_gram(
     sums: Sums, x: NDArray[Any], groups: int, workspace: Workspace, y: NDArray[Any] | None = None
 ) -> None:
-    """Add the Gram matrix of ``x [N, groups * cols, positions]``, every position being a sample of all columns."""
+    """Add the Gram matrix of ``x [N, groups * cols, positions]``, every position being a sample of all
+    columns.
+    """
     samples, channels, positions = x.shape
     cols = channels // groups
     if y is None and positions >= 4 * cols:
@@ -324,7 +317,9 @@ def pointwise_gram(
 
 
 def features_gram(sums: Sums, x: NDArray[Any], y: NDArray[Any] | None = None) -> None:
-    """Add the Gram matrices of ``x [N, groups, m, cols]``, and with ``y [N, groups, m, rows]`` the cross products."""
+    """Add the Gram matrices of ``x [N, groups, m, cols]``, and with ``y [N, groups, m, rows]`` the cross
+    products.
+    """
     cols = x.shape[-1]
     step = max(1, piece_samples(cols * x.shape[1], x.itemsize) // x.shape[2])
     for start in range(0, x.shape[0], step):
@@ -344,7 +339,8 @@ def sampled_gram(
     workspace: Workspace,
     y: NDArray[Any] | None = None,
 ) -> Float64:
-    """Add the Gram matrix over some output positions (flat indices) only; return their column sums ``[groups, cols]``.
+    """Add the Gram matrix over some output positions (flat indices) only; return their column sums ``[groups,
+    cols]``.
 
     Every tap is gathered through an index table; ``y [N, out, *out_spatial]`` adds the cross products.
     """
@@ -372,102 +368,3 @@ def sampled_gram(
             v = y[start : start + step].reshape(shape[2], y.shape[1], -1)[:, :, positions].swapaxes(0, 1)
             add(sums, ("cross", 0, 0), gram(v.reshape(groups, -1, shape[2] * shape[3]), u))
     return total
-
-
-def _band_gram(
-    sums: Sums, x: NDArray[Any], geometry: ConvGeometry, axes: tuple[AxisTaps, ...], workspace: Workspace
-) -> None:
-    """Add the per-channel Gram matrices of a depthwise layer of stride 1, ``x [N, C, rows, width]``.
-
-    Rows are laid out with enough zero rows after each sample that a product of all rows with all rows D further on
-    never pairs two samples. Wide rows are cut into overlapping tiles, seen through strides and not copied.
-    """
-    samples, channels, rows, width = x.shape
-    (kernel_h, kernel_w), (dilation_h, dilation_w) = geometry.kernel, geometry.dilations
-    margin, gap = (kernel_w - 1) * dilation_w, (kernel_h - 1) * dilation_h
-    tile = max(_TILE, margin)
-    tiles = -(-width // tile) if width >= 2 * tile else 1
-    tile, margin = -(-width // tiles), margin if tiles > 1 else 0
-    height, line = rows + gap, tiles * tile + 2 * margin
-    plane = height * line * x.itemsize
-    sample_step = _even(samples, max(1, _PIECE_MOST // plane))
-    channel_step = _even(channels, max(1, _BAND_PIECE // (sample_step * plane)))
-    bands = _Bands(axes, dilation_w, width, tile, margin)
-    area = kernel_h * kernel_w
-    total = np.zeros((channels, kernel_h, kernel_w, kernel_h, kernel_w))
-    for start in range(0, channels, channel_step):
-        for first in range(0, samples, sample_step):
-            part = x[first : first + sample_step, start : start + channel_step].swapaxes(0, 1)
-            shape = (*part.shape[:2], height, line)
-            buffer = workspace.zeroed(shape, x.dtype, ("band", rows, width, margin))
-            buffer[:, :, :rows, margin : margin + width] = part
-            item = buffer.itemsize
-            tiled = np.lib.stride_tricks.as_strided(
-                buffer,
-                (shape[0], tiles, shape[1], height, tile + 2 * margin),
-                (buffer.strides[0], tile * item, height * line * item, line * item, item),
-                writeable=False,
-            )
-            _add_bands(total[start : start + channel_step], tiled, axes[0], dilation_h, bands)
-    add(sums, ("full", 0, 0), total.reshape(channels, area, area))
-
-
-def _add_bands(total: Float64, tiled: NDArray[Any], axis: AxisTaps, dilation: int, bands: _Bands) -> None:
-    """Add to ``total [C, kh, kw, kh, kw]`` the products of ``tiled [C, tiles, N, rows + gap, window]``."""
-    kernel, rows, pad = len(axis.taps), axis.size_in, _pad_of(axis, dilation)
-    window = tiled.shape[-1]
-    lines = (
-        tiled.reshape(*tiled.shape[:2], -1, window)
-        if tiled.shape[1] == 1
-        else np.lib.stride_tricks.as_strided(
-            tiled,
-            (*tiled.shape[:2], tiled.shape[2] * tiled.shape[3], window),
-            (*tiled.strides[:2], *tiled.strides[3:]),
-            writeable=False,
-        )
-    )
-    for d in range(min(kernel, -(-rows // dilation))):
-        distance = d * dilation
-        end = lines.shape[2] - distance
-        everywhere = bands.sums(np.matmul(lines[:, :, :end].swapaxes(2, 3), lines[:, :, distance:]))
-        rowwise: dict[int, Float64] = {}
-        for a in range(kernel - d):
-            low = max(0, a * dilation - pad)
-            high = max(low, min(rows - distance, axis.size_out + a * dilation - pad))
-            block = everywhere.copy()
-            for row in (*range(min(low, rows - distance)), *range(high, rows - distance)):
-                if row not in rowwise:
-                    one, other = tiled[:, :, :, row], tiled[:, :, :, row + distance]
-                    rowwise[row] = bands.sums(np.matmul(one.swapaxes(2, 3), other))
-                block -= rowwise[row]
-            total[:, a, :, a + d] += block
-            if d:
-                total[:, a + d, :, a] += block.swapaxes(1, 2)
-
-
-@dataclass(frozen=True)
-class _Bands:
-    """Sums along the diagonals of row products: ``R [C, tiles, window, window]`` -> tap pairs ``[C, kw, kw]``."""
-
-    axes: tuple[AxisTaps, ...]
-    dilation: int
-    width: int
-    tile: int
-    margin: int
-
-    def sums(self, products: NDArray[Any]) -> Float64:
-        axis = self.axes[1]
-        kernel, pad = len(axis.taps), _pad_of(axis, self.dilation)
-        result = np.empty((products.shape[0], kernel, kernel))
-        for step in range(1 - kernel, kernel):
-            shift = step * self.dilation
-            start, stop = max(0, -shift), max(0, min(self.width, self.width - shift))
-            column = np.arange(start, max(start, stop))
-            number, place = column // self.tile, column % self.tile + self.margin
-            diagonal = products[:, number, place, place + shift]
-            for b in range(max(0, -step), min(kernel, kernel - step)):
-                low = max(start, b * self.dilation - pad)
-                high = min(stop, axis.size_out + b * self.dilation - pad)
-                part = diagonal[:, low - start : max(low, high) - start]
-                result[:, b, b + step] = part.sum(axis=1, dtype=np.float64)
-        return result

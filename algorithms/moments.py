@@ -1,8 +1,8 @@
 """Moments of a layer's unfolded input, streamed over batches.
 
-Products run in float32 (float64 for float64 activations) over bounded pieces of a batch and are added up in float64;
-memory is one piece, at most about 64 MB, and the sums, whatever the number of samples. Accumulators of the same layer
-merge by addition. :mod:`pot_sparsity.algorithms.gram` holds the kernels.
+Products run in float32 (float64 for float64 activations) over bounded pieces of a batch and are added up in
+float64; memory is one piece, at most about 64 MB, and the sums, whatever the number of samples. Accumulators
+of the same layer merge by addition. :mod:`pot_sparsity.algorithms.gram` holds the kernels.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _sum_samples(x: NDArray[Any], what: str, *, squared: bool = False) -> Float6
 
 
 def _as_stack(x: NDArray[Any], geometry: MatMulGeometry) -> NDArray[Any]:
-    """See MatMul activations as ``[N, groups, m, features]`` (``[N, groups, features, m]`` for feature axis -2)."""
+    """See MatMul activations as ``[N, groups, m, features]`` (``[N, groups, features, m]`` for feature axis
+    -2).
+    """
     if x.ndim < -geometry.feature_axis:
         raise ValueError(f"activations of shape {x.shape} have no axis {geometry.feature_axis}")
     groups = geometry.groups
@@ -108,9 +110,13 @@ def _as_stack(x: NDArray[Any], geometry: MatMulGeometry) -> NDArray[Any]:
 
 
 class _Stream:
-    """The sums behind both accumulators: of x, of its products and, where outputs are given, of y, y^2 and y x^T."""
+    """The sums behind both accumulators: of x, of its products and, where outputs are given, of y, y^2 and y
+    x^T.
+    """
 
-    def __init__(self, geometry: Geometry, max_positions: int | None, seed: int, workspace: Workspace | None) -> None:
+    def __init__(
+        self, geometry: Geometry, max_positions: int | None, seed: int, workspace: Workspace | None
+    ) -> None:
         if max_positions is not None and max_positions < 1:
             raise ValueError(f"max_positions must be at least 1, got {max_positions}")
         if isinstance(geometry, MatMulGeometry) and geometry.feature_axis not in (-1, -2):
@@ -141,7 +147,9 @@ class _Stream:
 
     def merge(self, other: _Stream) -> None:
         if other.geometry != self.geometry:
-            raise ValueError(f"cannot merge moments of different layers: {self.geometry} and {other.geometry}")
+            raise ValueError(
+                f"cannot merge moments of different layers: {self.geometry} and {other.geometry}"
+            )
         if other.first is None:
             return
         self._check(other.first, other.outputs)
@@ -156,14 +164,17 @@ class _Stream:
         second = assemble(self.sums, groups, cols, self.kernel)
         second /= self.count
         if not np.isfinite(np.einsum("gcc->gc", second)).all():
-            raise ValueError("the layer's activations are too large to be squared in float32: scale them down")
+            raise ValueError(
+                "the layer's activations are too large to be squared in float32: scale them down"
+            )
         return Moments(float(self.count), self.first / self.count, second)
 
     def _check(self, first: Float64, outputs: Float64 | None) -> None:
         for what, old, new in (("inputs", self.first, first), ("outputs", self.outputs, outputs)):
             if old is not None and new is not None and old.shape != new.shape:
                 raise ValueError(
-                    f"{what} of (groups, features) {new.shape[-2:]} cannot be added to earlier ones of {old.shape[-2:]}"
+                    f"{what} of (groups, features) {new.shape[-2:]} cannot be added "
+                    f"to earlier ones of {old.shape[-2:]}"
                 )
 
     def _book(self, first: Float64, outputs: Float64 | None, count: int) -> None:
@@ -188,10 +199,13 @@ class _Stream:
         if y is not None:
             if (y.shape[0], *y.shape[2:]) != (x.shape[0], *out) or y.shape[1] % groups:
                 raise ValueError(
-                    f"outputs of shape {y.shape} do not fit inputs of shape {x.shape}: expected [{x.shape[0]}, "
+                    f"outputs {y.shape} do not fit inputs {x.shape}: expected [{x.shape[0]}, "
                     f"a multiple of {groups} groups, {', '.join(map(str, out))}]"
                 )
-            maps = [_sum_samples(y, "outputs", squared=squared).reshape(y.shape[1], -1) for squared in (False, True)]
+            maps = [
+                _sum_samples(y, "outputs", squared=squared).reshape(y.shape[1], -1)
+                for squared in (False, True)
+            ]
             kept = [m if chosen is None else m[:, chosen] for m in maps]
             outputs = np.stack([m.sum(axis=1).reshape(groups, -1) for m in kept])
         self._check(first, outputs)
@@ -208,7 +222,9 @@ class _Stream:
         x = _as_stack(x, geometry)
         y = None if y is None else _as_stack(y, geometry)
         if y is not None and (y.shape[0], y.shape[axis]) != (x.shape[0], x.shape[axis]):
-            raise ValueError(f"outputs do not fit inputs: seen as [N, groups, ...] they are {y.shape} and {x.shape}")
+            raise ValueError(
+                f"outputs do not fit inputs: seen as [N, groups, ...] they are {y.shape} and {x.shape}"
+            )
         chosen = self._draw(x.shape[axis])
         if chosen is not None:
             x = np.take(x, chosen, axis=axis)
@@ -239,8 +255,8 @@ class MomentsAccumulator:
     geometry
         How the layer reads its input.
     max_positions
-        Upper bound on the output positions used per sample (for a MatMul: on the rows of each matrix); they are
-        drawn without replacement, anew for every batch. None uses all: the moments are then exact.
+        Upper bound on the output positions used per sample (for a MatMul: on the rows of each matrix); they
+        are drawn without replacement, anew for every batch. None uses all: the moments are then exact.
     seed
         Seed of that draw: the same batches in the same order give the same moments.
     workspace
@@ -268,14 +284,14 @@ class MomentsAccumulator:
         Parameters
         ----------
         x
-            ``[N, C, *spatial]`` for a convolution, any leading dimensions for a MatMul. float64 is multiplied in
-            float64, anything else in float32.
+            ``[N, C, *spatial]`` for a convolution, any leading dimensions for a MatMul. float64 is multiplied
+            in float64, anything else in float32.
 
         Raises
         ------
         ValueError
-            On an empty batch, a shape that does not fit the geometry or earlier batches, or NaN or infinity; the
-            moments are then unchanged.
+            On an empty batch, a shape that does not fit the geometry or earlier batches, or NaN or infinity;
+            the moments are then unchanged.
         """
         self._stream.absorb(x, None)
 
@@ -297,8 +313,8 @@ class MomentsAccumulator:
 class CrossMomentsAccumulator:
     """Streams pairs (input x of the sparse model, output y of the dense model) into :class:`CrossMoments`.
 
-    Parameters are those of :class:`MomentsAccumulator`; with ``max_positions`` all statistics are those of the
-    positions drawn.
+    Parameters are those of :class:`MomentsAccumulator`; with ``max_positions`` all statistics are those of
+    the positions drawn.
     """
 
     def __init__(
@@ -319,13 +335,14 @@ class CrossMomentsAccumulator:
     def update(self, x_s: NDArray[Any], y_d: NDArray[Any]) -> None:
         """Add a batch: ``x_s`` as for :meth:`MomentsAccumulator.update`, ``y_d`` the layer's output for it.
 
-        ``y_d`` is ``[N, out, *out_spatial]`` for a convolution and ``[..., out]`` for a MatMul (``[..., out, m]``
-        where the feature axis is -2).
+        ``y_d`` is ``[N, out, *out_spatial]`` for a convolution and ``[..., out]`` for a MatMul (``[..., out,
+        m]`` where the feature axis is -2).
 
         Raises
         ------
         ValueError
-            As :meth:`MomentsAccumulator.update`, for either array, and when their shapes do not fit each other.
+            As :meth:`MomentsAccumulator.update`, for either array, and when their shapes do not fit each
+            other.
         """
         self._stream.absorb(x_s, y_d)
 
@@ -341,5 +358,7 @@ class CrossMomentsAccumulator:
         cross = assemble_cross(self._stream.sums, groups, rows, inputs.mean.shape[1], self._stream.kernel)
         cross /= inputs.count
         if not np.isfinite(cross).all():
-            raise ValueError("the layer's activations are too large to be multiplied in float32: scale them down")
+            raise ValueError(
+                "the layer's activations are too large to be multiplied in float32: scale them down"
+            )
         return CrossMoments(inputs, cross, outputs[0] / inputs.count, outputs[1] / inputs.count)

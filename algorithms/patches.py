@@ -1,20 +1,22 @@
-"""Unfolding: a convolution's input as the columns ``X [groups, cols, samples]`` that its weight matrix multiplies.
+"""Unfolding: a convolution's input as the columns ``X [groups, cols, samples]`` that its weight matrix
+multiplies.
 
-Whatever the convolution (1-D to 3-D, strided, dilated, padded, grouped, transposed), along one spatial axis each
-kernel position ("tap") reads an arithmetic progression of inputs into an arithmetic progression of outputs; all other
-outputs see zero padding. :class:`AxisTaps` holds these progressions, and unfolding is one strided copy per tap: no
-padded or zero-stuffed copy of the input is ever made, and a transposed convolution is just another set of progressions.
+Whatever the convolution (1-D to 3-D, strided, dilated, padded, grouped, transposed), along one spatial axis
+each kernel position ("tap") reads an arithmetic progression of inputs into an arithmetic progression of
+outputs; all other outputs see zero padding. :class:`AxisTaps` holds these progressions, and unfolding is one
+strided copy per tap: no padded or zero-stuffed copy of the input is ever made, and a transposed convolution
+is just another set of progressions.
 
 The weight matrix
------------------
-``W [groups, rows, cols]`` with ``rows = out_channels / groups``, ``cols = in_channels / groups * kernel area``, columns
-ordered (input channel within the group, kernel position in C order); then ``Y = W @ X`` is the layer's output without
-its bias, output channel ``g * rows + r`` being row r of group g.
+----------------- ``W [groups, rows, cols]`` with ``rows = out_channels / groups``, ``cols = in_channels /
+groups * kernel area``, columns ordered (input channel within the group, kernel position in C order); then ``Y
+= W @ X`` is the layer's output without its bias, output channel ``g * rows + r`` being row r of group g.
 
 - Convolution stores ``[out, in / groups, *kernel]``: ``W[g, r, (i, k)] = weight[g * rows + r, i, k]``.
-- Transposed convolution stores ``[in, out / groups, *kernel]``: ``W[g, r, (i, k)] = weight[g * in_g + i, r, k]`` with
-  ``in_g = in / groups``. The kernel is not flipped: column (i, k) of X holds, for each output position o, the input at
-  ``(o + pad_begin - k * dilation) / stride`` where that is a whole number inside the input, and zero elsewhere.
+- Transposed convolution stores ``[in, out / groups, *kernel]``: ``W[g, r, (i, k)] = weight[g * in_g + i, r,
+  k]`` with ``in_g = in / groups``. The kernel is not flipped: column (i, k) of X holds, for each output
+  position o, the input at ``(o + pad_begin - k * dilation) / stride`` where that is a whole number inside the
+  input, and zero elsewhere.
 """
 
 from __future__ import annotations
@@ -81,6 +83,15 @@ class AxisTaps:
             table[tap, out] = np.arange(source.start, source.stop, self.in_step)
         return table
 
+    def pad(self, dilation: int) -> int:
+        """Return the padding before the first element of a convolution's axis of stride 1 (0 if no tap reads
+        any).
+        """
+        for tap, (out, start, count) in enumerate(self.taps):
+            if count:
+                return out - start + tap * dilation
+        return 0
+
     @classmethod
     def identity(cls, size: int) -> AxisTaps:
         """One tap that reads the axis as it is."""
@@ -88,7 +99,9 @@ class AxisTaps:
 
 
 def _pads(geometry: ConvGeometry, axis: int, size: int) -> tuple[int, int]:
-    """Return ``(pad_begin, output size)`` of one axis, following the ONNX Conv and ConvTranspose specifications."""
+    """Return ``(pad_begin, output size)`` of one axis, following the ONNX Conv and ConvTranspose
+    specifications.
+    """
     stride, extent = geometry.strides[axis], (geometry.kernel[axis] - 1) * geometry.dilations[axis] + 1
     explicit = geometry.pad_mode == "explicit"
     begin, end = (geometry.pads_begin[axis], geometry.pads_end[axis]) if explicit else (0, 0)
@@ -108,7 +121,8 @@ def _pads(geometry: ConvGeometry, axis: int, size: int) -> tuple[int, int]:
 
 
 def axis_taps(geometry: ConvGeometry, spatial: tuple[int, ...]) -> tuple[AxisTaps, ...]:
-    """Resolve a convolution's geometry for inputs of spatial size ``spatial``: one :class:`AxisTaps` per axis.
+    """Resolve a convolution's geometry for inputs of spatial size ``spatial``: one :class:`AxisTaps` per
+    axis.
 
     Raises
     ------
@@ -160,8 +174,8 @@ class Workspace:
     def zeroed(self, shape: tuple[int, ...], dtype: DTypeLike, layout: object) -> NDArray[Any]:
         """Return a buffer that is zero wherever the copies described by ``layout`` do not write.
 
-        It is cleared only when shape, dtype or ``layout`` differ from the last request, so that consecutive batches
-        pay for their padding once.
+        It is cleared only when shape, dtype or ``layout`` differ from the last request, so that consecutive
+        batches pay for their padding once.
         """
         dtype = np.dtype(dtype)
         size = prod(shape) * dtype.itemsize
@@ -177,11 +191,18 @@ class Workspace:
 
 
 def copy_taps(target: NDArray[Any], x: NDArray[Any], axes: tuple[AxisTaps, ...]) -> None:
-    """Copy every tap of ``x [*lead, *spatial]`` into ``target [*lead, *kernel, *out]``; padding is left untouched."""
+    """Copy every tap of ``x [*lead, *spatial]`` into ``target [*lead, *kernel, *out]``; padding is left
+    untouched.
+    """
     lead: tuple[int | slice, ...] = (slice(None),) * (x.ndim - len(axes))
     for position in product(*(range(len(axis.taps)) for axis in axes)):
         pairs = [axis.slices(tap) for axis, tap in zip(axes, position, strict=True)]
         target[(*lead, *position, *(out for out, _ in pairs))] = x[(*lead, *(source for _, source in pairs))]
+
+
+def even_step(total: int, most: int) -> int:
+    """Step that cuts ``total`` into as few pieces as ``most`` does, of nearly the same size."""
+    return -(-total // -(-total // most))
 
 
 def real(x: NDArray[Any]) -> NDArray[Any]:
@@ -237,8 +258,8 @@ def window_sums(total: Float64, axes: Iterable[AxisTaps]) -> Float64:
 def weight_to_matrix(weight: NDArray[Any], geometry: ConvGeometry) -> NDArray[Any]:
     """Return ``W [groups, rows, cols]`` of a weight stored as the ONNX specification lays it out.
 
-    ``[out, in / groups, *kernel]`` for a convolution, ``[in, out / groups, *kernel]`` for a transposed one (see the
-    module's text).
+    ``[out, in / groups, *kernel]`` for a convolution, ``[in, out / groups, *kernel]`` for a transposed one
+    (see the module's text).
     """
     groups = geometry.groups
     if not geometry.transposed:

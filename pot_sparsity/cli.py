@@ -1,8 +1,8 @@
 """The command line ``pot-sparsity``: optimize, inspect, validate, demo.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 internal error, 2 wrong usage or
-input (one line that says what to do), 3 accuracy gate not met, 130 interrupted. Heavy packages are imported when
-a command needs them.
+input (one line that says what to do), 3 accuracy gate not met, 130 interrupted. Heavy packages are imported
+when a command needs them.
 """
 
 from __future__ import annotations
@@ -78,20 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         text = getattr(error, "format_message", error.__str__)()
         command = f"{given[0]} " if given[0] in ("optimize", "inspect", "validate", "demo") else ""
-        return _fail(f"{text} See: pot-sparsity {command}--help", UserError.exit_code)
+        return _fail(f"{text.removesuffix('.')}; see: pot-sparsity {command}--help", UserError.exit_code)
     except PotSparsityError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(metadata.version("pot-sparsity"))
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog=_OPTIMIZE_EXAMPLES)
@@ -203,8 +209,9 @@ def inspect(
     spec, layers = found.model, found.layers
     weights, zeros = sum(layer.weights for layer in layers), sum(layer.zeros for layer in layers)
     print_results(
-        f"{words.printable(spec.file)}: {spec.format}, {spec.parameters:,} parameters; {len(layers)} layers with "
-        f"{weights:,} weights, {words.percent(zeros, weights)} zeros; {found.batchnorms_fusable} BatchNorms to fuse",
+        f"{words.printable(spec.file)}: {spec.format}, {spec.parameters:,} parameters; "
+        f"{len(layers)} layers with {weights:,} weights, {words.percent(zeros, weights)} zeros; "
+        f"{found.batchnorms_fusable} BatchNorms to fuse",
         render.layers_table(layers),
     )
     for title, left in (("not compressed", found.skipped), ("BatchNorm that stays", found.not_fused)):
@@ -305,10 +312,11 @@ def demo(
 
 
 def _inspection_data(found: Inspection) -> dict[str, object]:
-    lists = {"layers": found.layers, "skipped": found.skipped, "not_fused": found.not_fused}
     return {
         "model": found.model.model_dump(mode="json"),
-        **{name: [item.model_dump(mode="json") for item in items] for name, items in lists.items()},
+        "layers": [layer.model_dump(mode="json") for layer in found.layers],
+        "skipped": [left.model_dump(mode="json") for left in found.skipped],
+        "not_fused": [left.model_dump(mode="json") for left in found.not_fused],
         "batchnorms_fusable": found.batchnorms_fusable,
     }
 
@@ -346,17 +354,16 @@ def _session(*, verbose: bool, quiet: bool, folder: Path | None = None) -> Itera
 
     from rich.console import Console
 
-    from pot_sparsity.pipeline.progress import Silent
     from pot_sparsity.report.console import ConsoleProgress, logging_to
 
     console = Console(stderr=True, markup=False, highlight=False)
-    bars = ConsoleProgress(console)
+    bars = ConsoleProgress(Console(stderr=True, quiet=True) if quiet else console)
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
     try:
         with logging_to(console, level), warnings.catch_warnings():
             if not verbose:
                 warnings.simplefilter("ignore")  # of the libraries; what concerns the user is in the report
-            yield Silent() if quiet else bars
+            yield bars
     except (PotSparsityError, typer.Exit, _UsageError):
         raise
     except KeyboardInterrupt:

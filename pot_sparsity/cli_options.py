@@ -40,9 +40,7 @@ Validation = Annotated[
 ]
 RequiredValidation = Annotated[
     str,
-    typer.Option(
-        "--validation", metavar="DATA", help="A folder of images, an .npz or module:callable."
-    ),
+    typer.Option("--validation", metavar="DATA", help="A folder of images, an .npz or module:callable."),
 ]
 Labels = Annotated[
     Path | None,

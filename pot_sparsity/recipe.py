@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.algorithms.arrays import Pattern
-from pot_sparsity.algorithms.pruning import SOLVERS
+from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.errors import RecipeError
 
 When = Literal["always", "helps", "never"]

@@ -1,9 +1,9 @@
 """Measure how fast moments are collected, layer shape by layer shape.
 
-Prints one JSON object per line: seconds per batch (median and best of the repeats), GFLOP/s counted as 2 * cols^2 *
-samples per group (what a plain product of the unfolded input would do; symmetric and shifted products do less, so the
-figure can exceed the machine's), and its ratio to the sgemm speed measured in the same process. Networks are sums over
-their layers. Set the number of threads with --threads.
+Prints one JSON object per line: seconds per batch (median and best of the repeats), GFLOP/s counted as 2 *
+cols^2 * samples per group (what a plain product of the unfolded input would do; symmetric and shifted
+products do less, so the figure can exceed the machine's), and its ratio to the sgemm speed measured in the
+same process. Networks are sums over their layers. Set the number of threads with --threads.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def measure(shape: Shape, samples: int, repeats: int, peak: float) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=64, help="samples per batch (default 64)")
     parser.add_argument("--repeats", type=int, default=7, help="repeats per shape (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="BLAS threads (default 2)")

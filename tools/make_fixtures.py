@@ -102,7 +102,8 @@ def write_tensorflow(folder: Path) -> None:
 
 
 def write_paddle(folder: Path) -> None:
-    os.environ["FLAGS_enable_pir_api"] = "0"  # OpenVINO reads .pdmodel files only
+    # OpenVINO reads .pdmodel files only.
+    os.environ["FLAGS_enable_pir_api"] = "0"  # noqa: SIM112
     paddle = importlib.import_module("paddle")
     inputs, hidden, classes = CHANNELS
     net = paddle.nn.Sequential(

@@ -57,8 +57,9 @@ def render() -> str:
     lines = [
         "# report.json",
         "",
-        f"Schema version {schema.SCHEMA_VERSION}: a change of the first number breaks readers, one of the second",
-        "adds fields. Every run writes the file into its folder, next to `report.html` with the same content.",
+        f"Schema version {schema.SCHEMA_VERSION}: a change of the first number breaks readers, one of the",
+        "second adds fields. Every run writes the file into its folder, next to `report.html` with the same",
+        "content.",
         "This page is made from `pot_sparsity/report/schema.py` by `tools/make_report_schema.py`; in Python,",
         "`pot_sparsity.report.io.read_report(folder)` gives the same as typed objects.",
         "",

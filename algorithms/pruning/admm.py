@@ -1,14 +1,15 @@
 """ADMM pruning with an exact refit (ALPS): better than greedy elimination, and cheaper.
 
-Minimise ``1/2 tr((W - W*) H (W - W*)^T)`` over W that obeys the pattern: ``Z`` minimises the quadratic, ``D`` obeys
-the pattern, ``V`` prices their difference. In columns scaled to ``diag H = 1`` and with ``H = Q diag(l) Q^T``::
+Minimise ``1/2 tr((W - W*) H (W - W*)^T)`` over W that obeys the pattern: ``Z`` minimises the quadratic,
+``D`` obeys the pattern, ``V`` prices their difference. In columns scaled to ``diag H = 1`` and with ``H = Q
+diag(l) Q^T``::
 
     Z = (W* H - V + rho D) Q diag(1 / (l + rho)) Q^T
     D = project(Z + V / rho)
     V = V + rho (Z - D)
 
-``rho`` grows a little in every iteration while the support moves (Meng et al., ALPS, arXiv 2406.07831, section 3,
-which grows it in large steps; small steps cost more iterations and lower the error by 1 to 2.5 %).
+``rho`` grows a little in every iteration while the support moves (Meng et al., ALPS, arXiv 2406.07831,
+section 3, which grows it in large steps; small steps cost more iterations and lower the error by 1 to 2.5 %).
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _best_mask(
         before, mask = mask, pattern_mask(score, zeros, pattern)
         sparse = candidate * mask
         dual += penalty * (dense - sparse)
-        moved = np.count_nonzero(mask & ~before) / max(1, np.count_nonzero(mask))
+        moved = int(np.count_nonzero(mask & ~before)) / max(1, int(np.count_nonzero(mask)))
         still = still + 1 if moved == 0.0 else 0
         if still == _PATIENCE:
             break

@@ -1,7 +1,8 @@
 """ExactOBS: remove the weight (or block) whose loss is least, one at a time, updating the others after each.
 
-Frantar and Alistarh, Optimal Brain Compression, Algorithm 1 and section 4. The order of removals inside a row is
-found by :mod:`~pot_sparsity.algorithms.pruning.obs_trace`; here the rows are put together and refitted.
+Frantar and Alistarh, Optimal Brain Compression, Algorithm 1 and section 4. The order of removals inside a
+row is found by :mod:`~pot_sparsity.algorithms.pruning.obs_trace`; here the rows are put together and
+refitted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Layout:
         return np.concatenate([weight, np.zeros((len(weight), 1))], axis=1)[:, self.index.ravel()]
 
     def matrix(self, matrix: Float64) -> Float64:
-        """Reorder ``[cols, cols]`` to ``[padded, padded]``; missing columns are independent, of unit variance."""
+        """Reorder ``[cols, cols]`` to ``[padded, padded]``; missing columns stand alone with 1."""
         order = self.index.ravel()
         real = np.flatnonzero(order < self.cols)
         full = np.eye(len(order))
@@ -57,7 +58,8 @@ def exact_obs(
     """Greedy exact elimination, one mask for the whole layer, exact refit (a :class:`Solver`).
 
     The order inside a row never depends on other rows, so the heap over rows equals a threshold on each row's
-    running maximum of losses. ``n:m`` stops touching a group that has lost ``m - n``; ``block:c`` removes blocks.
+    running maximum of losses. ``n:m`` stops touching a group that has lost ``m - n``; ``block:c`` removes
+    blocks.
     """
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
@@ -97,7 +99,7 @@ def _prune_groups(start: Float64, inverses: list[Float64], layout: _Layout, keep
 
 
 def _prune_blocks(start: Float64, inverses: list[Float64], layout: _Layout, zeros: int) -> Bool:
-    """Unstructured and ``block:c``: trace every row, then threshold the running maxima of all losses at once."""
+    """Unstructured and ``block:c``: trace every row, then threshold all running maxima at once."""
     groups, rows, cols = start.shape
     count, size = layout.index.shape
     wanted = block_count(zeros, start.size, groups * rows * count) if size > 1 else zeros

@@ -1,4 +1,4 @@
-"""Magnitude pruning, the paper's baseline: smallest weights go; with or without an exact refit of the others."""
+"""Magnitude pruning, the paper's baseline: smallest weights go; with or without an exact refit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def magnitude_refit(
     *,
     options: SolverOptions = DEFAULT_OPTIONS,
 ) -> PruningResult:
-    """Zero the smallest weights and refit the others exactly: the optimum AdaPrune's Adam steps walk towards."""
+    """Zero the smallest weights and refit the others exactly: AdaPrune's optimum (a :class:`Solver`)."""
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
     mask = magnitude_mask(problem, zeros, pattern)

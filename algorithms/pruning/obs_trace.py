@@ -1,8 +1,9 @@
-"""The order in which exact elimination removes the weights (or blocks) of a row, at the speed of matrix products.
+"""The order in which exact elimination removes the weights (or blocks) of a row, at the speed of matrix
+products.
 
-All rows start from one inverse. After k removals a row's inverse is ``Hinv - U^T U`` with ``U [k, cols]`` kept per
-row, so that a removal needs one column of it (two small products), never a rank-1 update of a whole matrix. Every
-few dozen removals the row's inverse is rebuilt on the weights still alive, in one product.
+All rows start from one inverse. After k removals a row's inverse is ``Hinv - U^T U`` with ``U [k, cols]``
+kept per row, so that a removal needs one column of it (two small products), never a rank-1 update of a whole
+matrix. Every few dozen removals the row's inverse is rebuilt on the weights still alive, in one product.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from pot_sparsity.algorithms.arrays import Float64
 
 # Removals between two rebuilds of a row's inverse.
-_LAZY = 64
+_LAZY = 128
 # Bytes of inverses (or of U, for blocks) in flight.
-_MEMORY = 128 * 2**20
+_MEMORY = 64 * 2**20
 _CACHE = 24 * 2**20
 _ROWS = 64
 # From here on single precision chooses the order, as the reference code does throughout; the refit does not.
@@ -31,7 +32,8 @@ _Floating: TypeAlias = NDArray[np.floating]
 def trace_weights(
     weight: Float64, inverse: Float64, steps: int, limit: tuple[int, int] | None
 ) -> tuple[Order, Float64]:
-    """Remove ``steps`` single weights from each row, cheapest ``w_p^2 / Hinv_pp`` first (OBC, equations 3 and 4).
+    """Remove ``steps`` single weights from each row, cheapest ``w_p^2 / Hinv_pp`` first (OBC, equations 3
+    and 4).
 
     Parameters
     ----------
@@ -49,14 +51,15 @@ def trace_weights(
     """
     rows, cols = weight.shape
     kind: type[np.float32] | type[np.float64] = np.float32 if cols >= _SINGLE_COLS else np.float64
-    shared = inverse.astype(kind)
+    shared: _Floating = inverse.astype(kind)
     batch = int(np.clip(_MEMORY // (shared.itemsize * cols**2), 1, _ROWS))
     order = np.empty((rows, steps), np.intp)
     losses = np.empty((rows, steps))
-    room = np.empty((min(batch, rows), cols**2), kind)
+    room: _Floating = np.empty((min(batch, rows), cols**2), kind)
     for begin in range(0, rows, batch):
         part = slice(begin, begin + batch)
-        _trace_weights(weight[part].astype(kind), shared, limit, order[part], losses[part], room)
+        start: _Floating = weight[part].astype(kind)
+        _trace_weights(start, shared, limit, order[part], losses[part], room)
     return order, losses
 
 
@@ -68,7 +71,7 @@ def _trace_weights(
     losses: Float64,
     room: _Floating,
 ) -> None:
-    """Trace one batch of rows into ``order`` and ``losses``. A weight that may not go any more is set to infinity."""
+    """Trace one batch of rows into ``order`` and ``losses``; a weight that may not go is set to infinity."""
     rows, cols = weight.shape
     line = np.arange(rows)
     alive = np.broadcast_to(np.arange(cols), (rows, cols))
@@ -104,9 +107,9 @@ def _trace_weights(
             return
         keep = np.nonzero(~gone)[1].reshape(rows, -1)
         inverse = _rebuild(shared, inverse, alive, factors, keep, room)
-        alive, weight, diagonal = (
-            np.take_along_axis(array, keep, axis=1) for array in (alive, weight, diagonal)
-        )
+        alive = np.take_along_axis(alive, keep, axis=1)
+        weight = np.take_along_axis(weight, keep, axis=1)
+        diagonal = np.take_along_axis(diagonal, keep, axis=1)
 
 
 def _rebuild(
@@ -204,7 +207,7 @@ def _scores(weight: Float64, diagonal: Float64) -> Float64:
 
 
 def _corner(block: Float64) -> Float64:
-    """Lower Cholesky factor of each ``Hinv_PP [rows, size, size]``, with a floor that rounding cannot undercut."""
+    """Lower Cholesky factor of each ``Hinv_PP [rows, size, size]``, floored against rounding."""
     floored = block.copy()
     diagonal = np.einsum("rcc->rc", floored)
     diagonal[...] = np.maximum(diagonal, _TINY)

@@ -1,7 +1,7 @@
 """What every layer solver shares: the call they obey, the checked problem, the error they report.
 
-A layer is ``W* [groups, rows, cols]`` with ``H [groups, cols, cols]``, the second moment of its input. A solver
-looks for the sparse ``W`` of least error ``sum_g tr((W - W*) H (W - W*)^T)``.
+A layer is ``W* [groups, rows, cols]`` with ``H [groups, cols, cols]``, the second moment of its input. A
+solver looks for the sparse ``W`` of least error ``sum_g tr((W - W*) H (W - W*)^T)``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class SolverOptions:
     Attributes
     ----------
     rho
-        ADMM: starting penalties; the best support found among them wins. Empty lets the size of the layer choose.
+        ADMM: starting penalties; the best support found among them wins. Empty lets the size of the layer
+        choose.
     iterations
         ADMM: most iterations per starting penalty (0 < iterations).
     polish
@@ -70,8 +71,8 @@ class Solver(Protocol):
         ``H``, float64 ``[groups, cols, cols]``, centred or not.
     zeros
         How many weights of the whole layer (all groups and rows) are to be pruned. Met exactly by
-        ``unstructured``; ``block:c`` prunes the nearest number of blocks; ``n:m`` ignores it, since the pattern
-        fixes the count. Weights that are already 0, and those of dead inputs, are pruned first.
+        ``unstructured``; ``block:c`` prunes the nearest number of blocks; ``n:m`` ignores it, since the
+        pattern fixes the count. Weights that are already 0, and those of dead inputs, are pruned first.
     pattern
         Where zeros may stand.
     options
@@ -91,11 +92,14 @@ class Solver(Protocol):
         pattern: Pattern = ...,
         *,
         options: SolverOptions = ...,
-    ) -> PruningResult: ...
+    ) -> PruningResult:
+        """Prune one layer."""
+        ...
 
 
 def layer_error(weight: Float64, target: Float64, second: Float64) -> float:
-    """``sum_g tr((W - W*) H (W - W*)^T)`` in float64; shapes ``[groups, rows, cols]`` and ``[groups, cols, cols]``.
+    """``sum_g tr((W - W*) H (W - W*)^T)`` in float64; shapes ``[groups, rows, cols]`` and ``[groups, cols,
+    cols]``.
 
     Rounding (and an indefinite H) can make the trace negative; 0 is returned then.
     """
@@ -105,7 +109,7 @@ def layer_error(weight: Float64, target: Float64, second: Float64) -> float:
 def row_errors(weight: Float64, target: Float64, second: Float64) -> Float64:
     """Layer error of each row, float64 ``[groups, rows]``."""
     difference = np.asarray(weight, np.float64) - target
-    return np.einsum("grc,grc->gr", difference @ second, difference)
+    return np.asarray(np.einsum("grc,grc->gr", difference @ second, difference), np.float64)
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,13 @@ class LayerProblem:
     given
         ``H`` as given, symmetrised: errors are measured on it.
     second
-        ``H`` to solve with: dead inputs have their cross terms cleared and their diagonal set to the group's mean,
-        so that a dead weight that is kept stays what it was.
+        ``H`` to solve with: dead inputs have their cross terms cleared and their diagonal set to the group's
+        mean, so that a dead weight that is kept stays what it was.
     dead
         True where an input never varies from zero (``H_jj = 0``), ``[groups, cols]``.
     free
-        True where pruning costs nothing: the weight is 0 already or its input is dead, ``[groups, rows, cols]``.
+        True where pruning costs nothing: the weight is 0 already or its input is dead, ``[groups, rows,
+        cols]``.
     """
 
     target: Float64
@@ -135,7 +140,7 @@ class LayerProblem:
 
     @classmethod
     def of(cls, target: Float64, second: Float64) -> LayerProblem:
-        """Check shapes and values, symmetrise H and set dead inputs aside; raises ValueError with what is wrong."""
+        """Check shapes and values (ValueError if they are wrong), symmetrise H, set dead inputs aside."""
         target, second = np.asarray(target, np.float64), np.asarray(second, np.float64)
         if target.ndim != 3 or 0 in target.shape:
             raise ValueError(
@@ -165,12 +170,14 @@ class LayerProblem:
     @cached_property
     def scale(self) -> Float64:
         """``sqrt(diag H)`` of the solving H, positive, ``[groups, 1, cols]``."""
-        return np.sqrt(np.einsum("gcc->gc", self.second))[:, None, :]
+        diagonal: Float64 = np.einsum("gcc->gc", self.second)
+        return np.asarray(np.sqrt(diagonal)[:, None, :], np.float64)
 
     @cached_property
     def correlation(self) -> Float64:
         """The solving H with columns scaled to unit diagonal, ``[groups, cols, cols]``."""
-        return self.second / (self.scale * self.scale.swapaxes(1, 2))
+        scale = self.scale
+        return np.asarray(self.second / (scale * scale.swapaxes(1, 2)), np.float64)
 
     def check_zeros(self, zeros: int) -> None:
         """Raise ValueError where ``zeros`` is not in ``0 .. number of weights``."""

@@ -41,7 +41,8 @@ def top_k_mask(scores: Scores, zeros: int) -> Bool:
 
 
 def pattern_index(cols: int, size: int, stride: int) -> Index:
-    """Column indices of each group (or block) of ``size``, ``[count, size]``; ``cols`` stands for "no column".
+    """Column indices of each group (or block) of ``size``, ``[count, size]``; ``cols`` stands for "no
+    column".
 
     Columns are ordered (input channel, kernel position) with ``stride`` positions; a group takes ``size``
     consecutive channels at one position. The last group of a position is filled up with ``cols``.
@@ -69,9 +70,9 @@ def block_count(zeros: int, weights: int, blocks: int) -> int:
 def pattern_mask(scores: Scores, zeros: int, pattern: Pattern) -> Bool:
     """Keep what is worth most under a pattern.
 
-    ``unstructured`` prunes exactly ``zeros``. ``n:m`` keeps the n best of every m and ignores ``zeros``; the last,
-    shorter group keeps at most n. ``block:c`` prunes the blocks of lowest mean score, as many as come nearest to
-    ``zeros``.
+    ``unstructured`` prunes exactly ``zeros``. ``n:m`` keeps the n best of every m and ignores ``zeros``; the
+    last, shorter group keeps at most n. ``block:c`` prunes the blocks of lowest mean score, as many as come
+    nearest to ``zeros``.
 
     Returns
     -------
@@ -98,7 +99,7 @@ def pattern_mask(scores: Scores, zeros: int, pattern: Pattern) -> Bool:
 
 
 def _gather(scores: Scores, index: Index, kind: str) -> Scores:
-    """Scores by group ``[groups, rows, count, size]``; a missing column loses (n:m) or adds nothing (block)."""
+    """Scores by group ``[groups, rows, count, size]``; missing columns lose (n:m) or add 0 (block)."""
     fill = -np.inf if kind == "n:m" else 0.0
     missing = np.full((*scores.shape[:-1], 1), fill, scores.dtype)
     real = scores if kind == "n:m" else np.maximum(scores, 0.0)

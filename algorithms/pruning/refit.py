@@ -1,7 +1,8 @@
 """Exact least squares on a fixed support: the optimum that layer-wise fine-tuning walks towards.
 
-With kept set S of a row, ``w_S = (H_SS)^-1 (w* H)_S`` minimises ``(w - w*) H (w - w*)^T``. H is not damped unless a
-factorisation fails; then ``(H_SS + d I) w_S = (w* H)_S + d w*_S`` is solved, which leaves an unpruned row alone.
+With kept set S of a row, ``w_S = (H_SS)^-1 (w* H)_S`` minimises ``(w - w*) H (w - w*)^T``. H is not damped
+unless a factorisation fails; then ``(H_SS + d I) w_S = (w* H)_S + d w*_S`` is solved, which leaves an
+unpruned row alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _TOLERANCE = 1e-7
 
 
 def refit(problem: LayerProblem, mask: Bool, start: Float64 | None = None) -> tuple[Float64, float]:
-    """Best weights on a support, by batched solves, Cholesky per row or conjugate gradients, whichever is cheapest.
+    """Best weights on a support, by batched solves, Cholesky per row or conjugate gradients, whichever is
+    cheapest.
 
     Parameters
     ----------
@@ -37,7 +39,8 @@ def refit(problem: LayerProblem, mask: Bool, start: Float64 | None = None) -> tu
     Returns
     -------
     weight, damping
-        float64 ``[groups, rows, cols]``, exactly 0 off the support; the largest relative damping any row needed.
+        float64 ``[groups, rows, cols]``, exactly 0 off the support; the largest relative damping any row
+        needed.
 
     Raises
     ------
@@ -45,7 +48,7 @@ def refit(problem: LayerProblem, mask: Bool, start: Float64 | None = None) -> tu
         Where no damping makes a system solvable.
     """
     weight = np.where(mask, problem.target, 0.0)
-    busy = (~mask & ~problem.free).any(axis=-1) & mask.any(axis=-1)
+    busy: Bool = np.any(~mask & ~problem.free, axis=-1) & np.any(mask, axis=-1)
     if not busy.any():
         return weight, 0.0
     right = problem.target @ problem.second
@@ -76,7 +79,7 @@ def refit(problem: LayerProblem, mask: Bool, start: Float64 | None = None) -> tu
 def solve_support(
     second: Float64, right: Float64, target: Float64, support: np.ndarray
 ) -> tuple[Float64, float]:
-    """Solve one row on ``support`` by Cholesky with escalating damping; returns the kept weights and the damping."""
+    """Solve one row on ``support`` by Cholesky; returns the kept weights and the damping that was needed."""
     sub = second[support][:, support]
     factor, damping = damped_cholesky(sub, float(np.einsum("ii->", second)) / len(second))
     wanted = right[support]
@@ -88,7 +91,8 @@ def solve_support(
 def damped_cholesky(matrix: Float64, mean: float) -> tuple[Float64, float]:
     """Lower Cholesky factor of ``matrix + damping * mean * I`` for the least damping that works.
 
-    A pivot below 1e-12 of its diagonal entry counts as failure: the matrix is rank deficient to working precision.
+    A pivot below 1e-12 of its diagonal entry counts as failure: the matrix is rank deficient to working
+    precision.
 
     Returns
     -------
@@ -111,12 +115,12 @@ def damped_cholesky(matrix: Float64, mean: float) -> tuple[Float64, float]:
         if (factor.diagonal() ** 2 > PIVOT_FLOOR * diagonal).all():
             return np.asarray(factor), damping
     raise np.linalg.LinAlgError(
-        f"second moment of the layer's input is too indefinite: damping {DAMPING_STEPS[-1]} x mean(diag H) fails"
+        f"second moment of the input is too indefinite: damping {DAMPING_STEPS[-1]} x mean(diag H) fails"
     )
 
 
 def _refit_batched(problem: LayerProblem, mask: Bool, busy: Bool, right: Float64, weight: Float64) -> float:
-    """Solve all busy rows of all groups as stacks of ``cols x cols`` systems, in place; returns the damping."""
+    """Solve all busy rows of all groups as stacks of small systems, in place; returns the damping."""
     cols = mask.shape[-1]
     groups, rows = np.nonzero(busy)
     means = np.einsum("gcc->g", problem.second) / cols
@@ -150,7 +154,7 @@ def _least_damping(system: Float64, kept: Bool, means: Float64) -> Float64:
         left = left[~good]
     if left.size:
         raise np.linalg.LinAlgError(
-            f"second moment of the layer's input is too indefinite: damping {DAMPING_STEPS[-1]} x mean(diag H) fails"
+            f"second moment of the input is too indefinite: damping {DAMPING_STEPS[-1]} x mean(diag H) fails"
         )
     return damping
 

@@ -1,12 +1,13 @@
 """1-swap polish: drop one kept weight and grow one pruned weight wherever that lowers the layer error.
 
-For one row with kept set S (refitted), excluded set E, ``P = (H_SS)^-1``, ``a = P H_SE``, ``s_j = H_jj - H_jS P H_Sj``
-and ``g = ((w* - w) H)_E``: growing j gains ``g_j^2 / s_j``, dropping i costs ``w_i^2 / P_ii``, and both together
-change the error by exactly ``w_i^2/P_ii - (g_j + w_i a_ij/P_ii)^2 / (s_j + a_ij^2/P_ii)``.
+For one row with kept set S (refitted), excluded set E, ``P = (H_SS)^-1``, ``a = P H_SE``, ``s_j = H_jj -
+H_jS P H_Sj`` and ``g = ((w* - w) H)_E``: growing j gains ``g_j^2 / s_j``, dropping i costs ``w_i^2 / P_ii``,
+and both together change the error by exactly ``w_i^2/P_ii - (g_j + w_i a_ij/P_ii)^2 / (s_j + a_ij^2/P_ii)``.
 
-All of it stands in one symmetric tableau, H swept on S: ``T_SS = -P``, ``T_SE = a``, ``T_EE`` the Schur complement;
-``T`` times the pruned part of ``w*`` gives ``w - w*`` on S and ``g`` on E. A drop or a grow is one sweep, of rank 1.
-Rows share the number of zeros, so a drop in one row pays for a grow in another: their costs are independent.
+All of it stands in one symmetric tableau, H swept on S: ``T_SS = -P``, ``T_SE = a``, ``T_EE`` the Schur
+complement; ``T`` times the pruned part of ``w*`` gives ``w - w*`` on S and ``g`` on E. A drop or a grow is
+one sweep, of rank 1. Rows share the number of zeros, so a drop in one row pays for a grow in another: their
+costs are independent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pot_sparsity.algorithms.pruning.problem import LayerProblem, row_errors
 from pot_sparsity.algorithms.pruning.projection import pattern_index
 from pot_sparsity.algorithms.pruning.refit import damped_cholesky, refit
 
-# A change must lower the row's error by this much of the layer's mean row energy, or rounding could make it cycle.
+# A change must lower the row's error by this much of the layer's mean row energy, or rounding could make it
+# cycle.
 _LEAST = 1e-9
 # Columns whose Schur complement is below this (of a unit diagonal) depend linearly on the kept ones.
 _DEPENDENT = 1e-9
@@ -51,8 +53,8 @@ class Polished:
     swaps
         Swaps made, within rows and across rows.
     optimal
-        True where no swap of two weights, in a row or across rows, lowers the error by more than rounding (``n:m``:
-        no swap within a group of a row). False where the budget ended first or H had to be damped.
+        True where no swap of two weights, in a row or across rows, lowers the error by more than rounding
+        (``n:m``: no swap within a group of a row). False where the budget ended first or H had to be damped.
     """
 
     weight: Float64
@@ -120,8 +122,8 @@ class _Tableau:
     def best_swap(self, groups: NDArray[np.intp] | None) -> tuple[float, int, int]:
         """Exact best (change, drop, grow) over all pairs; a pair must share its group where groups are given.
 
-        A pair never gains more than its grow alone, so columns are evaluated in falling order of that bound and the
-        rest is left out as soon as the bound is worse than the best pair.
+        A pair never gains more than its grow alone, so columns are evaluated in falling order of that bound
+        and the rest is left out as soon as the bound is worse than the best pair.
         """
         weight, gradient = self.state()
         gains = self.grow_gains(gradient)
@@ -148,7 +150,7 @@ class _Tableau:
         return best
 
     def offers(self, drops: bool) -> Iterator[tuple[int, float]]:
-        """The next few (column, price) to drop or to grow (a gain is a negative price), each after those before it."""
+        """The next few (column, price) to drop or to grow, each after those before; a gain is negative."""
         ahead = self.copy()
         for _ in range(_OFFERS):
             weight, gradient = ahead.state()
@@ -203,15 +205,15 @@ def polish(
     """
     if pattern.kind == "block":
         raise ValueError(f"the 1-swap polish works on 'unstructured' and 'n:m', not on {str(pattern)!r}")
-    groups, rows, cols = mask.shape
-    sections = _sections(cols, pattern)
+    sections = _sections(mask.shape[-1], pattern)
     budget = _Budget(swaps, seconds)
     before, first = refit(problem, mask)
     errors = row_errors(before, problem.target, problem.given)
     energy = row_errors(np.zeros_like(before), problem.target, problem.given)
     least = _LEAST * float(energy.mean())
     final = mask.copy()
-    todo = [(int(g), int(r)) for g, r in np.argwhere(errors > least)]
+    # A row without error still has weights to give to others.
+    todo: list[_Row] = list(np.ndindex(*errors.shape)) if errors.sum() > least else []
     offers: dict[_Row, _Offers] = {}
     damping, optimal = 0.0, True
     while todo and not budget.over:
@@ -255,7 +257,8 @@ def _settle(tableau: _Tableau, sections: NDArray[np.intp] | None, least: float, 
 
 
 def _exchange(final: Bool, offers: dict[_Row, _Offers], least: float, budget: _Budget) -> list[_Row]:
-    """Pay for the best grows of some rows with the cheapest drops of others, in place; returns the rows changed.
+    """Pay for the best grows of some rows with the cheapest drops of others, in place; returns the rows
+    changed.
 
     A row only drops or only grows in one round, in the order of its offers, so that all prices stay exact.
     """
@@ -263,8 +266,8 @@ def _exchange(final: Bool, offers: dict[_Row, _Offers], least: float, budget: _B
     prices = np.array([[_price(side, 0) for side in offers[row]] for row in rows]).reshape(-1, 2)
     used = np.zeros(len(rows), np.intp)
     while len(rows) > 1 and not budget.over:
-        drop, grow = _cheapest_pair(prices)
-        if prices[drop, 0] + prices[grow, 1] >= -least:
+        change, drop, grow = _cheapest_pair(prices)
+        if change >= -least:
             break
         budget.made += 1
         for kind, at in enumerate((drop, grow)):
@@ -280,14 +283,15 @@ def _price(side: list[tuple[int, float]], at: int) -> float:
     return side[at][1] if at < len(side) else np.inf
 
 
-def _cheapest_pair(prices: Float64) -> tuple[int, int]:
-    """Rows of the cheapest (drop, grow) with both prices ``[rows, 2]`` taken from different rows."""
+def _cheapest_pair(prices: Float64) -> tuple[float, int, int]:
+    """Cheapest (change, drop row, grow row) for prices ``[rows, 2]``, the two taken from different rows."""
     drop, grow = (int(at) for at in prices.argmin(axis=0))
     if drop != grow:
-        return drop, grow
+        return float(prices[drop, 0] + prices[grow, 1]), drop, grow
     others = prices.copy()
     others[drop] = np.inf
     drop_other, grow_other = (int(at) for at in others.argmin(axis=0))
-    if prices[drop_other, 0] + prices[grow, 1] <= prices[drop, 0] + prices[grow_other, 1]:
-        return drop_other, grow
-    return drop, grow_other
+    return min(
+        (float(others[drop_other, 0] + prices[grow, 1]), drop_other, grow),
+        (float(prices[drop, 0] + others[grow_other, 1]), drop, grow_other),
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,7 @@ def read_npz(path: Path, keys: Collection[str]) -> dict[str, AnyArray]:
                 if "allow_pickle" in str(error):
                     raise DataError(
                         f"array {key!r} in '{path}' holds Python objects (dtype object), which are not read: "
-                        "save "
-                        "plain numbers of one shape"
+                        "save plain numbers of one shape"
                     ) from None
                 raise _damaged(path, error) from None
             except (OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
@@ -47,18 +47,23 @@ def read_npz(path: Path, keys: Collection[str]) -> dict[str, AnyArray]:
     return arrays
 
 
-def _open(path: Path) -> np.lib.npyio.NpzFile:
+@contextmanager
+def _open(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
     try:
-        archive = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"no such file: '{path}'") from None
-    except ValueError:  # numpy takes whatever it does not know for a pickle
-        raise DataError(f"'{path}' is no .npz archive: save arrays with numpy.savez") from None
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"'{path}' is no .npz archive but a single array: save it with numpy.savez")
-    return archive
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read '{path}': {error.strerror}") from None
+    with stream:  # opened here, for numpy leaves the file open where the archive is damaged
+        try:
+            archive = np.load(stream, allow_pickle=False)
+        except ValueError:  # numpy takes whatever it does not know for a pickle
+            raise DataError(f"'{path}' is no .npz archive: save arrays with numpy.savez") from None
+        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            raise _damaged(path, error) from None
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"'{path}' is no .npz archive but a single array: save it with numpy.savez")
+        with archive:
+            yield archive
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:

@@ -85,8 +85,7 @@ class Augmented:
             if array.ndim != 4 or (layout is None and infer_layout(array.shape) is None):
                 raise DataError(
                     f"input {name!r} of shape {shape_text((None, *array.shape[1:]))} is no image [N,C,H,W] "
-                    "or [N,H,W,C]: "
-                    "leave out --augment"
+                    "or [N,H,W,C]: leave out --augment"
                 )
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from pot_sparsity.errors import DataError
 from pot_sparsity.graph.graph import Shape, TensorInfo
 
 Pixels = NDArray[np.uint8]
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # PIL would start Ghostscript for an EPS
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
@@ -81,8 +82,7 @@ class ImageInput:
             names = ", ".join(repr(info.name) for info in inputs)
             raise DataError(
                 f"images feed a model with one input, this one has {len(inputs)} ({names}): give an .npz "
-                "with one "
-                "array per input name"
+                "with one array per input name"
             )
         (info,) = inputs
         layout = preprocess.model_layout or infer_layout(info.shape)
@@ -90,16 +90,14 @@ class ImageInput:
         if layout is None or shape is None or len(shape) != 4:
             raise DataError(
                 f"model input {info.name!r} of shape {shape_text(shape)} takes no images [N,C,H,W] or "
-                "[N,H,W,C] with "
-                f"1 or 3 channels: give an .npz with an array under the key {info.name!r}"
+                f"[N,H,W,C] with 1 or 3 channels: give an .npz with an array under the key {info.name!r}"
             )
         channel, height, width = shape[1:] if layout == "NCHW" else (shape[3], shape[1], shape[2])
         if channel not in (None, 1, 3):
             raise DataError(
                 f"model input {info.name!r} of shape {shape_text(shape)} has {channel} channels in layout "
-                f"{layout}, "
-                "images have 1 or 3: correct model_layout or give an .npz with an array under the key "
-                f"{info.name!r}"
+                f"{layout}, images have 1 or 3: correct model_layout or give an .npz with an array under the "
+                f"key {info.name!r}"
             )
         channels = channel or 3
         dtype = info.dtype or np.dtype(np.float32)
@@ -140,15 +138,14 @@ class ImageInput:
             )
             raise DataError(
                 f"{where} is {before[0]}x{before[1]} (HxW){done}, but model input {self.name!r} takes "
-                f"{option}: give "
-                f"--resize {option} or --center-crop {option}"
+                f"{option}: give --resize {option} or --center-crop {option}"
             )
         return height, width
 
     def decode(self, path: Path) -> Pixels:
         """Read a picture, resized and cropped: ``[H, W, channels]``; a DataError names the file."""
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 if image.mode.startswith(("I", "F")):
                     raise DataError(
                         f"image '{path}' has more than 8 bits a channel (mode {image.mode}): convert it"
@@ -162,7 +159,7 @@ class ImageInput:
     def header_size(self, path: Path) -> tuple[int, int]:
         """Fitted height and width of a picture from its header alone; a DataError names the file."""
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 width, height = image.size
         except _DECODE_ERRORS as error:
             raise unreadable(path, error) from None
@@ -185,8 +182,7 @@ class ImageInput:
             )
             raise DataError(
                 f"{where} has shape {shape_text(got)}, expected images {wanted}: transpose it, or name its "
-                "layout "
-                "with --layout NHWC or --layout NCHW"
+                "layout with --layout NHWC or --layout NCHW"
             )
         self.fitted_size(array.shape[1], array.shape[2], where)
         return array
@@ -207,9 +203,11 @@ class ImageInput:
         n, height, width, channels = array.shape
         nchw = self.layout == "NCHW"
         out = np.empty((n, channels, height, width) if nchw else array.shape, self.dtype)
-        for channel in range(channels):
-            pixels = array[..., channels - 1 - channel if self.reverse else channel]
-            out[(slice(None), channel) if nchw else (..., channel)] = self.table[channel][pixels]
+        for picture, target in zip(array, out, strict=True):  # one plane at a time stays in the cache
+            for channel in range(channels):
+                pixels = picture[..., channels - 1 - channel if self.reverse else channel]
+                plane = target[channel] if nchw else target[..., channel]
+                np.take(self.table[channel], pixels, out=plane, mode="clip")
         return out
 
     def _fit(self, image: Image.Image) -> Pixels:
@@ -240,17 +238,15 @@ def _table(preprocess: Preprocess, channels: int, dtype: np.dtype[np.generic], n
         if len(given) not in (0, 1, channels):
             raise DataError(
                 f"{key} has {len(given)} values but model input {name!r} has {channels} channels: give one "
-                "value or "
-                f"{channels}"
+                f"value or {channels}"
             )
         values[key] = np.broadcast_to(np.asarray(given or (neutral,), np.float64), (channels,))[:, None]
     exact = (np.arange(256.0)[None] - values["mean_values"]) / values["scale_values"]
     whole = dtype.kind in "iu" and np.array_equal(exact, exact.astype(np.int64).astype(dtype))
     if not whole and not np.issubdtype(dtype, np.floating):
         raise DataError(
-            f"model input {name!r} is {dtype}, which cannot hold the preprocessed pixels: drop "
-            "mean_values and "
-            "scale_values (such a model has its preprocessing inside) or give an .npz with ready arrays"
+            f"model input {name!r} is {dtype}, which cannot hold the preprocessed pixels: drop mean_values "
+            "and scale_values (such a model has its preprocessing inside) or give an .npz with ready arrays"
         )
     return exact.astype(dtype)
 

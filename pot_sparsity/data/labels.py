@@ -72,8 +72,7 @@ class LabelTable:
             found = ", ".join(columns) or "none"
             raise DataError(
                 f"label file '{path}' has no column {' and no column '.join(map(repr, missing))} (found: "
-                f"{found}): "
-                f"its first line must name {', '.join(needed)}"
+                f"{found}): its first line must name {', '.join(needed)}"
             )
         if split is not None:
             values = sorted({row["split"] for row in rows})
@@ -89,8 +88,7 @@ class LabelTable:
             if by_file.setdefault(str(file), label) != label:
                 raise DataError(
                     f"label file '{path}' row {number} gives '{file}' a second label: correct it, or select "
-                    "rows with "
-                    "--validation-split"
+                    "rows with --validation-split"
                 )
             by_name[file.name] = label if by_name.get(file.name, label) == label else None
         return cls(path, split, by_file, by_name)
@@ -115,15 +113,13 @@ class LabelTable:
         if len(missing) == len(files) and self.split is not None:
             raise DataError(
                 f"none of the {len(files)} images in '{folder}' is in split {self.split!r} of '{self.path}': "
-                "check "
-                "the folder, or the column 'file'"
+                "check the folder, or the column 'file'"
             )
         if missing and self.split is None:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise DataError(
                 f"label file '{self.path}' has no (single) label for {', '.join(missing[:3])}{more}: add "
-                "rows "
-                "'file,label', or select rows with --validation-split"
+                "rows 'file,label', or select rows with --validation-split"
             )
         if missing:
             logger.info(

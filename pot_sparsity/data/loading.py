@@ -20,7 +20,7 @@ from pot_sparsity.data.conform import as_array, conform
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.data.images import ImageInput, infer_layout
 from pot_sparsity.data.labels import Labels, LabelTable, as_labels, labels_from_npz
-from pot_sparsity.data.preprocess import Layout, Preprocess
+from pot_sparsity.data.preprocess import Preprocess
 from pot_sparsity.data.samples import SampleReader
 from pot_sparsity.data.sources import (
     ArraySource,
@@ -103,8 +103,8 @@ def load_dataset(
     inputs
         The model's inputs.
     preprocess
-        Done to pictures: files, ``images``, and uint8 samples of a floating-point image input. Everything
-        else is taken as it is.
+        Done to pictures: files, ``images``, and uint8 arrays in Python for an image input, but for those of
+        an ``nncf.Dataset``. Everything else is taken as it is.
     labels
         A CSV with columns ``file,label`` and optionally ``split`` (image folders), or an ``.npz`` with
         ``labels``.
@@ -137,8 +137,6 @@ def load_dataset(
     source = loader.from_path(folder / data) if isinstance(data, str | Path) else loader.from_object(data)
     if not len(source):
         raise DataError(f"{where} holds no samples: give at least one")
-    if isinstance(source, ArraySource) and loader.preprocess != Preprocess():
-        logger.warning("%s holds ready arrays: preprocessing applies to images only", where)
     dataset = _draw(SourceDataset.whole(source), samples, seed)
     if isinstance(source, FolderSource) and isinstance(dataset, SourceDataset):
         source.check(dataset.indices)
@@ -217,19 +215,17 @@ class _Loader:
         if "images" in keys and (not ready or "images" in names):
             arrays = read_npz(path, {*names, "images", "labels"})
             images = as_array(arrays["images"], f"array 'images' in '{path}'")
-            if images.dtype == np.uint8 and not (ready and self._image_layout() is None):
+            if images.dtype == np.uint8 and not (ready and not self._takes_pictures()):
                 return self._pictures(images, f"array 'images' in '{path}'", self._inner_labels(arrays, path))
             if not ready:
                 raise DataError(
                     f"array 'images' in '{path}' has dtype {images.dtype}: images are uint8; save ready "
-                    "arrays under "
-                    f"the model's input names {', '.join(names)}"
+                    f"arrays under the model's input names {', '.join(names)}"
                 )
         elif not ready:
             raise DataError(
                 f"'{path}' has the arrays {', '.join(keys) or 'none'}, expected the model's inputs "
-                f"{', '.join(names)} "
-                "(ready arrays) or 'images' (uint8): rename them"
+                f"{', '.join(names)} (ready arrays) or 'images' (uint8): rename them"
             )
         arrays = read_npz(path, {*names, "labels"})
         return self._named(arrays, f" in '{path}'", self._inner_labels(arrays, path))
@@ -242,12 +238,11 @@ class _Loader:
             if absent:
                 raise DataError(
                     f"{self.where} has no key {absent[0]!r} (found: {', '.join(map(str, data)) or 'none'}): "
-                    "give one "
-                    "array per model input"
+                    "give one array per model input"
                 )
             return self._named(data, f" of {self.where}", None)
         if isinstance(data, np.ndarray):
-            if data.dtype == np.uint8 and self._image_layout() is not None:
+            if data.dtype == np.uint8 and self._takes_pictures():
                 return self._pictures(data, self.where, None)
             if len(self.inputs) != 1:
                 names = ", ".join(info.name for info in self.inputs)
@@ -264,6 +259,7 @@ class _Loader:
         raise DataError(f"{self.where} is or returned {type(data).__name__}: give an iterable of samples")
 
     def _inference_data(self, data: InferenceData) -> Source:
+        self._say_ready()
         reader = self._reader(pairs=False)
         count = data.get_length()
         if count is None or data.get_batch_size() is not None:  # a loader has no random access
@@ -290,7 +286,7 @@ class _Loader:
         return ArraySource(batch.inputs, batch.labels if outer is None else outer)
 
     def _reader(self, *, pairs: bool) -> SampleReader:
-        pictures = pairs and self._image_layout() is not None
+        pictures = pairs and self._takes_pictures()
         image_input = ImageInput.bind(self.inputs, self.preprocess) if pictures else None
         return SampleReader(self.where, self.inputs, image_input, pairs)
 
@@ -310,16 +306,22 @@ class _Loader:
             raise DataError(
                 f"arrays{suffix} have different numbers of samples {sizes}: give the same for all inputs"
             )
+        self._say_ready()
         outer = self._outer_labels(next(iter(sizes.values())))
         return ArraySource(ready, labels if outer is None else outer)
 
-    def _image_layout(self) -> Layout | None:
-        if len(self.inputs) != 1:
-            return None
+    def _takes_pictures(self) -> bool:
+        """Whether a uint8 array for this model is meant as pictures."""
+        if len(self.inputs) != 1 or self.inputs[0].dtype == np.bool_:
+            return False
         shape = self.inputs[0].shape
-        if self.preprocess.model_layout is not None and shape is not None and len(shape) == 4:
-            return self.preprocess.model_layout
-        return infer_layout(shape)
+        if self.preprocess.model_layout is not None:
+            return shape is not None and len(shape) == 4
+        return infer_layout(shape) is not None
+
+    def _say_ready(self) -> None:
+        if self.preprocess != Preprocess():
+            logger.warning("%s holds ready arrays: preprocessing applies to images only", self.where)
 
     def _inner_labels(self, arrays: Mapping[str, AnyArray], path: Path) -> Labels | None:
         if (
@@ -337,8 +339,7 @@ class _Loader:
         if self.labels.suffix.lower() != ".npz":
             raise DataError(
                 f"label file '{self.labels}' is matched by file name, but {self.where} has no files: give an "
-                ".npz with "
-                f"an array 'labels' [{count}]"
+                f".npz with an array 'labels' [{count}]"
             )
         return labels_from_npz(self.labels, count)
 

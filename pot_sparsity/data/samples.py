@@ -23,7 +23,7 @@ class SampleReader:
 
     An item is an array (for a model with one input) or a mapping from input name to array; keys that are no
     input are passed over. An array with as many dimensions as the model's input carries a batch dimension,
-    one with one dimension less is a single sample. uint8 pictures ``[H, W, C]`` for a floating-point image
+    one with one dimension less is a single sample. uint8 pictures ``[H, W, C]`` for an image
     input are preprocessed, everything else is taken as it is.
 
     Attributes
@@ -90,8 +90,7 @@ class SampleReader:
             if absent:
                 raise DataError(
                     f"{where} has no key {absent[0]!r} (found: {', '.join(map(str, item))}): give the "
-                    "model's inputs "
-                    f"{', '.join(names)}"
+                    f"model's inputs {', '.join(names)}"
                 )
             return values
         if not self.pairs and isinstance(item, tuple | list) and len(item) == len(names):
@@ -101,15 +100,14 @@ class SampleReader:
         if len(names) != 1:
             raise DataError(
                 f"{where} is {type(item).__name__} but the model has inputs {', '.join(names)}: give a "
-                "mapping from "
-                "input name to array"
+                "mapping from input name to array"
             )
         return [item]
 
     def _array(self, array: AnyArray, info: TensorInfo, where: str) -> tuple[AnyArray, bool]:
         """The array with a batch dimension, and whether it came with one."""
         image = self.image_input
-        if image is not None and array.dtype == np.uint8 and np.issubdtype(image.dtype, np.floating):
+        if image is not None and array.dtype == np.uint8:
             pixels = array.astype(np.uint8, copy=False)
             single = pixels.ndim == 3 or (pixels.ndim == 2 and image.channels == 1)
             pictures = image.pictures(pixels[None] if single else pixels, where)

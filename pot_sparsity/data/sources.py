@@ -185,10 +185,8 @@ class FolderSource:
                 height, width = first[1]
                 raise DataError(
                     f"image '{self.folder / file}' is {size[0]}x{size[1]} (HxW) but '{first[0]}' is "
-                    f"{height}x{width} "
-                    f"and model input {self.image_input.name!r} takes any size: give --resize "
-                    f"{height}x{width} or "
-                    "--center-crop N"
+                    f"{height}x{width} and model input {self.image_input.name!r} takes any size: give "
+                    f"--resize {height}x{width} or --center-crop N"
                 )
 
     def read(self, indices: Indices) -> Batch:
@@ -254,8 +252,7 @@ class SequenceSource:
             if sample.size != 1 or (sample.labels is not None) != self.labelled:
                 raise DataError(
                     f"sample {i} of {self.reader.where} differs from the first in batch size or in having a "
-                    "label: "
-                    "give items of one kind"
+                    "label: give items of one kind"
                 )
         batch = self.reader.join(samples, [int(i) for i in ascending])
         inputs = {name: array[back] for name, array in batch.inputs.items()}

@@ -97,7 +97,7 @@ def find_layers(graph: Graph) -> Discovery:
         elif node.op in _OTHER_WEIGHTS:
             skipped[node.name] = _OTHER_WEIGHTS[node.op]
         elif node.source_type in _LAYER_TYPES:
-            skipped[node.name] = "the shape of its weight or how it reads its input is not known before run time"
+            skipped[node.name] = "the shape of its weight or the geometry is not known before run time"
     layers = []
     for group in candidates.values():
         try:

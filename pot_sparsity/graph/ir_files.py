@@ -131,10 +131,8 @@ class _Scanner:
         declaration = _DECLARATION.search(xml)
         if declaration is not None:
             self._refuse_declaration(declaration.group(1).decode().upper())
-        try:
-            xml.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelError(f"{path}: is not XML in UTF-8: {_ADVICE}") from error
+        if not _is_utf8(xml):
+            raise ModelError(f"{path}: is not XML in UTF-8: {_ADVICE}")
         self._parser = expat.ParserCreate("utf-8")
         self._parser.StartDoctypeDeclHandler = lambda *_: self._refuse_declaration("DOCTYPE")
         self._parser.EntityDeclHandler = lambda *_: self._refuse_declaration("ENTITY")
@@ -187,6 +185,13 @@ class _Scanner:
             )
         span = _offset_span(self._xml, self._parser.CurrentByteIndex)
         return IrConstant(name, offset, size, span, nested=len(self._layer) > 1)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        return "\0" not in text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
 
 
 _ADVICE = "give the .xml file that ov.save_model wrote"

@@ -29,8 +29,8 @@ _KINDS = {".tflite": "TFLite", ".pb": "TensorFlow", ".pdmodel": "Paddle"}
 def load_model(model: str | Path | onnx.ModelProto | ov.Model) -> Model:
     """Open a model for editing.
 
-    TensorFlow, TFLite and Paddle models are converted by OpenVINO's own frontends and are OpenVINO models from
-    then on. (``openvino.convert_model`` would do the same, but reports its use to a server.)
+    TensorFlow, TFLite and Paddle models are converted by OpenVINO's own frontends and are OpenVINO models
+    from then on. (``openvino.convert_model`` would do the same, but reports its use to a server.)
 
     Parameters
     ----------
@@ -87,10 +87,11 @@ def _load_saved_model(folder: Path) -> OpenVINOModel:
 
 def _convert(path: Path, kind: str) -> OpenVINOModel:
     """Read a foreign format through OpenVINO, folded and fused as ``openvino.convert_model`` does it."""
-    if kind == "TFLite":
+    if path.is_file():
         with path.open("rb") as stream:
-            if stream.read(8)[4:] != b"TFL3":
-                raise ModelError(f"{path}: is not a TFLite file (no TFL3 mark): export or download it again")
+            start = stream.read(8)
+        if (kind == "TFLite" and start[4:] != b"TFL3") or (kind != "TFLite" and start[:1] != b"\n"):
+            raise ModelError(f"{path}: is not a {kind} model: export or download it again")
     model = _read(path, kind)
     settle_names(model, _read(path, kind))
     return OpenVINOModel(model, path)

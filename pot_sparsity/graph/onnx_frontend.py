@@ -185,6 +185,7 @@ def build_graph(
     names: Sequence[str],
     infos: Mapping[str, TensorInfo],
     read: Callable[[str], AnyArray],
+    where: str = "the model",
 ) -> Graph:
     """The networkx view of a model's main graph.
 
@@ -198,15 +199,17 @@ def build_graph(
         What is known of the tensors.
     read
         Reads a constant by tensor name; called lazily.
+    where
+        The model's name for messages.
 
     Raises
     ------
     ModelError
-        A tensor is produced twice or by nobody, or the graph has a cycle.
+        A tensor is produced twice or by nobody, an attribute has no value, or the graph has a cycle.
     """
     source = proto.graph
     slots = constant_slots(source)
-    translate = _Translator(proto, infos)
+    translate = _Translator(proto, infos, where)
     taken = set(names)
     nodes: list[Node] = []
 
@@ -228,35 +231,37 @@ def build_graph(
     outputs = [entry.name for entry in source.output]
     for tensor in outputs:
         add_boundary("Result", tensor, reads=True)
-    _check_tensors(nodes)
+    _check_tensors(nodes, where)
     try:
         return Graph(nodes, infos, {t: partial(read, t) for t in slots}, inputs, outputs)
     except ValueError as error:
-        raise ModelError(f"the model is damaged: {error}") from error
+        raise ModelError(f"{where} is damaged: {error}; export it again") from error
 
 
-def _check_tensors(nodes: Sequence[Node]) -> None:
+def _check_tensors(nodes: Sequence[Node], where: str) -> None:
     producers: dict[str, str] = {}
     for node in nodes:
         for tensor in filter(None, node.outputs):
             if tensor in producers:
                 raise ModelError(
-                    f"the model is damaged: tensor {tensor!r} is produced by both {producers[tensor]!r} and "
-                    f"{node.name!r}"
+                    f"{where} is damaged: tensor {tensor!r} is produced by both {producers[tensor]!r} and "
+                    f"{node.name!r}; export it again"
                 )
             producers[tensor] = node.name
     for node in nodes:
         for tensor in filter(None, node.inputs):
             if tensor not in producers:
                 raise ModelError(
-                    f"the model is damaged: nothing produces tensor {tensor!r}, read by {node.name!r}"
+                    f"{where} is damaged: nothing produces tensor {tensor!r}, read by {node.name!r}; "
+                    "export it again"
                 )
 
 
 class _Translator:
     """Turns NodeProtos into canonical nodes; what it cannot vouch for stays opaque."""
 
-    def __init__(self, proto: onnx.ModelProto, infos: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, proto: onnx.ModelProto, infos: Mapping[str, TensorInfo], where: str) -> None:
+        self._where = where
         self._opset = max((e.version for e in proto.opset_import if is_standard(e.domain)), default=1)
         self._infos = infos
 
@@ -264,17 +269,21 @@ class _Translator:
         inputs = tuple(node.input) + captured(node)
         translated = None
         if is_standard(node.domain):
-            attributes = {
-                entry.name: onnx.helper.get_attribute_value(entry)
-                for entry in node.attribute
-                if not entry.ref_attr_name and entry.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
-            }
-            translated = self._canonical(node, attributes)
+            translated = self._canonical(node, self._attributes(name, node))
         if translated is None:
             domain = "ai.onnx" if is_standard(node.domain) else node.domain
             op = f"{domain}.{node.op_type}" if node.op_type in CANONICAL else node.op_type
             translated = (op, {})
         return Node(name, translated[0], inputs, tuple(node.output), translated[1], node.op_type)
+
+    def _attributes(self, name: str, node: NodeProto) -> dict[str, object]:
+        entries = [e for e in node.attribute if e.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS)]
+        try:
+            return {entry.name: onnx.helper.get_attribute_value(entry) for entry in entries}
+        except ValueError as error:
+            raise ModelError(
+                f"{self._where} is damaged: an attribute of operator {name!r} has no value; export it again"
+            ) from error
 
     def _canonical(
         self, node: NodeProto, attributes: Mapping[str, object]

@@ -63,10 +63,10 @@ class OnnxModel(Model):
     """
 
     def __init__(self, proto: onnx.ModelProto, source: Path | None = None, *, external: bool = False) -> None:
-        where = str(source) if source is not None else "the model"
-        onnx_files.check_proto(proto, where)
         self.edits: list[Edit] = []
         self.source = source
+        where = self._where
+        onnx_files.check_proto(proto, where)
         self._external = external
         self._owned = False
         if onnx_files.has_external_data(proto):
@@ -89,6 +89,11 @@ class OnnxModel(Model):
         _ = self.graph
 
     @property
+    def _where(self) -> str:
+        """What messages call the model."""
+        return "the model" if self.source is None else str(self.source)
+
+    @property
     def format(self) -> Format:
         """``onnx``."""
         return "onnx"
@@ -102,7 +107,7 @@ class OnnxModel(Model):
     def graph(self) -> Graph:
         """Current networkx view; a new object after every structural edit."""
         if self._graph is None:
-            self._graph = build_graph(self._proto, self._names, self._infos, self._read)
+            self._graph = build_graph(self._proto, self._names, self._infos, self._read, self._where)
         return self._graph
 
     @property

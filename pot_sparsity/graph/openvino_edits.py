@@ -40,10 +40,10 @@ def append_add(named: NamedModel, node: str, value: AnyArray, constant: str, add
     named.model.validate_nodes_and_infer_types()
 
 
-def bypass(named: NamedModel, node: str) -> None:
-    """Let the consumers of a node's output read its first input; a model output keeps its names."""
+def bypass(named: NamedModel, node: str, port: int) -> None:
+    """Let the consumers of a node's output read its input ``port``; a model output keeps its names."""
     op = named.node(node)
-    output, source = op.output(0), op.input_value(0)
+    output, source = op.output(0), op.input_value(port)
     producer = source.get_node()
     keeps_name = producer.get_type_name() == "Parameter" or _is_model_output(source)
     if _is_model_output(output):
@@ -95,10 +95,8 @@ def cut(
     fed = {ports[tensor].get_node().get_instance_id(): tensor for tensor in given}
     for key, op in reached.items():
         if key not in fed:
-            raise ValueError(
-                f"the outputs {list(wanted)} need the model's input {copy.tensor(op.output(0))!r}, which is not "
-                "given"
-            )
+            name = copy.tensor(op.output(0))
+            raise ValueError(f"{list(wanted)} need the model's input {name!r}, which is not given")
     used = tuple(tensor for key, tensor in fed.items() if key in reached)
     nodes = [ports[tensor].get_node() for tensor in used]
     part = ov.Model([ports[tensor] for tensor in wanted], sinks, nodes, named.model.get_friendly_name())

@@ -53,14 +53,14 @@ def load_ir(path: Path) -> OpenVINOModel:
 def reason(error: RuntimeError) -> str:
     """The telling line of an OpenVINO error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].rstrip(".!") if lines else type(error).__name__
 
 
 class OpenVINOModel(Model):
     """An ``openvino.Model`` under edit; the object passed in is cloned.
 
-    A model that computes in float16 or bfloat16 is kept twice, as it is and in float32, and every edit is done
-    to both: the float32 twin holds exactly the values that are stored.
+    A model that computes in float16 or bfloat16 is kept twice, as it is and in float32, and every edit is
+    done to both: the float32 twin holds exactly the values that are stored.
 
     Parameters
     ----------
@@ -190,11 +190,11 @@ class OpenVINOModel(Model):
         if not found.inputs or len(found.outputs) != 1:
             raise ValueError(f"operator {node!r} ({found.source_type}) cannot be bypassed")
         for view in self._views:
-            openvino_edits.bypass(view, node)
+            openvino_edits.bypass(view, node, source_port(view.node(node), 0))
         self._edited(kind, node, detail)
 
     def replace_operand(self, node: str, port: int, value: AnyArray, *, detail: str) -> str:
-        """Connect a new constant of the type the operator reads there to an input port; returns its tensor name."""
+        """Connect a new constant, of the type read there, to an input port; returns its tensor name."""
         inputs = self.graph.node(node).inputs
         if not 0 <= port < len(inputs) or not inputs[port]:
             raise ValueError(f"operator {node!r} has no input {port}")

@@ -49,6 +49,7 @@ def read_constant(node: ov.Node) -> AnyArray:
 
 def make_constant(value: AnyArray, name: str) -> ov.Node:
     """A Constant that holds a copy of ``value``."""
+    # OpenVINO reads the bits of a float16 array in Fortran order as integers.
     value = np.ascontiguousarray(value).reshape(value.shape)
     if value.dtype == np.dtype(ml_dtypes.bfloat16):
         bits = ov.Tensor(value.view(np.uint16), ov.Shape(list(value.shape)), ov.Type.bf16)

@@ -202,9 +202,9 @@ def _plan(model: Model) -> tuple[list[_Fusion], list[NotFused]]:
             if node.op == "BatchNormalization":
                 layer, place = _layer_before(graph, node.inputs[0], places, discovery)
                 plan = _fuse_normalization(model, graph, node, layer, place)
-            elif (data := _scaled_layer(graph, node, places)) is not None:
-                layer, place = _layer_before(graph, data, places, discovery)
-                plan = _fuse_multiply(model, graph, node, layer, place)
+            elif _decomposed(graph, node, places):
+                layer, place = _layer_before(graph, node.inputs[0], places, discovery)
+                plan = _fuse_decomposed(model, graph, node, layer, place)
             else:
                 continue
         except _CannotFuseError as reason:
@@ -274,26 +274,30 @@ def _fuse_normalization(model: Model, graph: Graph, node: Node, layer: Layer, pl
     )
 
 
-def _scaled_layer(graph: Graph, node: Node, places: Mapping[str, tuple[Layer, Place]]) -> str | None:
-    """The data input of a Multiply or Divide by a constant that may be a layer's decomposed normalization."""
-    if node.op not in ("Multiply", "Divide"):
-        return None
-    # Only with the data first: a node is bypassed towards its first input.
+def _decomposed(graph: Graph, node: Node, places: Mapping[str, tuple[Layer, Place]]) -> bool:
+    """Whether a node may be (part of) a layer's decomposed normalization.
+
+    Only with the data first: a node is bypassed towards its first input.
+    """
+    if node.op not in ("Multiply", "Divide", "Add"):
+        return False
     data, shape = node.inputs[0], static_shape(graph, node.inputs[1])
     source, before = data, graph.producer(data)
     while source not in places and before is not None and before.op == "Identity":
         source = before.inputs[0]
         before = graph.producer(source)
     if source not in places or shape is None or isinstance(trace(graph, node.inputs[1]), Blocked):
-        return None
+        return False
     layer, place = places[source]
-    if _per_output(graph, layer, place, shape):
-        return data
-    # A factor for all channels alike is left to the model, except where it is a Gemm's alpha.
+    if node.op != "Add" and _per_output(graph, layer, place, shape):
+        return True
+    # A constant for all channels alike is left to the model, except for what a Gemm decomposes into.
     if np.prod(shape) != 1 or len(shape) > len(graph.tensor(data).shape or ()):
-        return None
-    is_one = np.all(constant_value(graph, node.inputs[1]) == 1)
-    return data if is_one or _offset_after(graph, node, layer, place) is not None else None
+        return False
+    neutral = 0.0 if node.op == "Add" else 1.0
+    if np.all(constant_value(graph, node.inputs[1]) == neutral):
+        return True
+    return node.op != "Add" and _offset_after(graph, node, layer, place) is not None
 
 
 def _per_output(graph: Graph, layer: Layer, place: Place, shape: tuple[int, ...]) -> bool:
@@ -322,7 +326,9 @@ def _offset_after(graph: Graph, node: Node, layer: Layer, place: Place) -> tuple
     return after, value.reshape(layer.groups, layer.rows) * (-1.0 if after.op == "Subtract" else 1.0)
 
 
-def _fuse_multiply(model: Model, graph: Graph, node: Node, layer: Layer, place: Place) -> _Fusion:
+def _fuse_decomposed(model: Model, graph: Graph, node: Node, layer: Layer, place: Place) -> _Fusion:
+    if node.op == "Add":  # of zero
+        return _Fusion(layer, place, None, None, (node.name,))
     value = constant_value(graph, node.inputs[1])
     if value is None or not np.all(np.isfinite(value)) or (node.op == "Divide" and np.any(value == 0)):
         raise _CannotFuseError("its constant is zero or not finite")

@@ -64,7 +64,7 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
     recipe, recorder = around.recipe, around.recorder
     with recorder.stage("allocation"):
         zeros = allocate(around.dense, recipe, sparsity)
-    with recorder.stage("pruning") as note:
+    with recorder.stage("pruning"):
         solutions = prune_layers(
             around.dense,
             around.moments,
@@ -77,7 +77,7 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
         )
         model = rebuild(around, solutions)
     current = around.judge(model)
-    note.after = current.metrics
+    recorder.measured("pruning", around.judge.dense.metrics, current.metrics)
     reconstruct = recipe.reconstruction.input == "sparse"
     when = recipe.correction.differential
     if not reconstruct and when == "never":
@@ -85,7 +85,7 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
     best = Compressed(model, solutions, zeros)
     measure, reached = distance(current.metrics)
     for what, settings in _attempts(around, reconstruct, when):
-        with recorder.stage("reconstruction and correction") as note:
+        with recorder.stage("reconstruction and correction"):
             candidate = model.copy()
             result = walk(
                 around.prepared.model,
@@ -103,9 +103,9 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
                 key=f"{key}/{what}",
                 progress=around.progress,
             )
-        note.before = current.metrics
-        note.after = around.judge(candidate).metrics
-        value = distance(note.after)[1]
+        found = around.judge(candidate).metrics
+        recorder.measured("reconstruction and correction", current.metrics, found)
+        value = distance(found)[1]
         kept = value < reached or when == "always"
         recorder.decide(
             Decision(

@@ -18,12 +18,12 @@ import openvino as ov
 from pot_sparsity.algorithms.schedule import cubic_schedule
 from pot_sparsity.data import Augmented, DataSource, Dataset, Preprocess, load_dataset, load_preprocess, split_holdout
 from pot_sparsity.engines import get_engine
-from pot_sparsity.errors import AccuracyGateError, RecipeError
+from pot_sparsity.errors import AccuracyGateError, RecipeError, UserError
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import METRICS, get_metric
 from pot_sparsity.pipeline.collect import collect_moments
-from pot_sparsity.pipeline.compress import Compressed, Surroundings, compress
+from pot_sparsity.pipeline.compress import Compressed, Surroundings, allocate, compress
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator, measure_latency
 from pot_sparsity.pipeline.moments_state import load_moments, store_moments
 from pot_sparsity.pipeline.prepare import Prepared, prepare
@@ -81,7 +81,7 @@ def optimize(
     calibration: DataSource,
     *,
     validation: DataSource | None = None,
-    validation_labels: Path | None = None,
+    validation_labels: str | Path | None = None,
     validation_split: str | None = None,
     metric: str = "top1",
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
@@ -89,7 +89,7 @@ def optimize(
     engine: Literal["openvino", "onnxruntime"] = "openvino",
     ignored_scope: nncf.IgnoredScope | None = None,
     keep_structure: bool = False,
-    output: Path | None = None,
+    output: str | Path | None = None,
     output_format: Literal["same", "openvino"] = "same",
     resume: bool = False,
     force: bool = False,
@@ -161,8 +161,10 @@ def optimize(
         baseline_int8,
         measure_latency,
     )
-    folder = RunFolder(output, resume=resume, force=force)
+    folder = RunFolder(None if output is None else Path(output), resume=resume, force=force)
     original = load_model(model)
+    if engine == "onnxruntime" and (options.to_openvino or original.format == "openvino"):
+        raise UserError("--engine onnxruntime runs ONNX models only: use --engine openvino to read or write IR")
     images = load_preprocess(preprocess)
     inputs = input_specs(original)
     samples = load_dataset(
@@ -171,7 +173,13 @@ def optimize(
     judged = (
         None
         if validation is None
-        else load_dataset(validation, inputs, images, labels=validation_labels, split=validation_split)
+        else load_dataset(
+            validation,
+            inputs,
+            images,
+            labels=None if validation_labels is None else Path(validation_labels),
+            split=validation_split,
+        )
     )
     run = _Run(settings, options, folder, original, samples, judged, engine, progress or Silent())
     with folder.logging(), ExitStack() as stack:
@@ -217,6 +225,8 @@ class _Run:
             evaluator = self._evaluator(self.validation, "Validating")
             stack.callback(evaluator.close)
             note.after = evaluator.dense.metrics
+        if self.recipe.schedule.max_drop is not None and self.watched not in evaluator.dense.metrics:
+            raise RecipeError("max_drop needs labels, or an output of class scores to agree on; this model has neither")
         with recorder.stage("preparation"):
             prepared = prepare(
                 self.original,
@@ -228,6 +238,10 @@ class _Run:
             )
             for text in prepared.warnings:
                 recorder.warn(text)
+            dense = read_dense(prepared.model, prepared.layers)
+            allocate(dense, self.recipe, self._sparsities()[-1])  # what it refuses is said before anything is written
+        mark = {} if self.folder.path is None else self._fingerprint()
+        self.folder.check_resumable(mark)
         with recorder.stage("moments"):
             moments = load_moments(self.folder, prepared.layers)
             if moments is None:
@@ -241,16 +255,16 @@ class _Run:
                     max_positions=self.recipe.calibration.max_positions,
                     progress=self.progress,
                 )
-        self.folder.open(fingerprint(self.original, self.recipe, self.samples, self.fit, self.options))
-        store_moments(self.folder, moments)
         if self.judging is self.validation:
             judge = evaluator
         else:
             judge = self._evaluator(self.judging, "Judging")
             stack.callback(judge.close)
+        self.folder.open(mark)
+        store_moments(self.folder, moments)
         around = Surroundings(
             prepared,
-            read_dense(prepared.model, prepared.layers),
+            dense,
             moments,
             self.fit,
             self.held_out,
@@ -263,6 +277,20 @@ class _Run:
             judge,
         )
         return self._finish(prepared, evaluator, *self._iterate(around, evaluator))
+
+    def _fingerprint(self) -> dict[str, object]:
+        options = self.options
+        return fingerprint(
+            self.original,
+            self.recipe,
+            self.samples,
+            self.validation,
+            self.engine.name,
+            options.metric,
+            options.ignored_scope,
+            options.keep_structure,
+            options.to_openvino,
+        )
 
     def _evaluator(self, dataset: Dataset, what: str) -> Evaluator:
         names = dict.fromkeys((self.options.metric, *METRICS))
@@ -298,8 +326,6 @@ class _Run:
         self, around: Surroundings, evaluator: Evaluator
     ) -> tuple[list[Iteration], list[tuple[Compressed, Evaluation]]]:
         """All iterations up to the target or the first that drops too far, and those accepted, in order."""
-        if self.recipe.schedule.max_drop is not None and self.watched not in evaluator.dense.metrics:
-            raise RecipeError("max_drop needs labels, or an output of class scores to agree on; this model has neither")
         iterations: list[Iteration] = []
         accepted: list[tuple[Compressed, Evaluation]] = []
         for index, sparsity in enumerate(self._sparsities()):
@@ -335,6 +361,7 @@ class _Run:
     ) -> Result:
         """Quantize the sparsest accepted iteration that respects the limit in INT8 too, write and report."""
         offset = sum(1 for item in iterations if item.accepted) - len(accepted)
+        drops = [item.drop for item in iterations if item.drop is not None and not item.accepted]
         for position in range(len(accepted) - 1, -1, -1):
             compressed, found = accepted[position]
             final, final_found = self._quantized(compressed.model, evaluator, found)
@@ -343,6 +370,7 @@ class _Run:
                 return self._deliver(
                     prepared, evaluator, iterations, position + offset, compressed, found, final, final_found
                 )
+            drops += [] if drop is None else [drop]
             self.recorder.decide(
                 Decision(
                     what=f"iteration {position + offset}",
@@ -356,10 +384,10 @@ class _Run:
         outcome = Outcome(prepared, evaluator, iterations, None, None, [], (), self.watched)
         report = self._report("gate_not_met", outcome)
         self._write_reports(report)
-        best = min((item.drop for item in iterations if item.drop is not None), default=float("nan"))
+        self.folder.finish_state()
         raise AccuracyGateError(
             f"no iteration keeps {self.watched} within {self.recipe.schedule.max_drop} points of the dense model "
-            f"(closest: {best:.2f}); allow a larger --max-drop or start from a lower sparsity; no model was written"
+            f"(closest: {min(drops):.2f}); allow a larger --max-drop or start from a lower sparsity; no model was written"
         )
 
     def _quantized(self, sparse: Model, evaluator: Evaluator, found: Evaluation) -> tuple[Model, Evaluation]:

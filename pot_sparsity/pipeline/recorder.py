@@ -64,6 +64,12 @@ class Recorder:
             earlier.metrics_after = note.after or earlier.metrics_after
         log.info("%s: %.2f s%s", name, seconds, _show(note.after))
 
+    def measured(self, name: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Metrics before and after a stage that is over, where judging is not part of its time."""
+        stage = next(stage for stage in self.stages if stage.name == name)
+        stage.metrics_before, stage.metrics_after = dict(before), dict(after)
+        log.info("%s: judged%s", name, _show(after))
+
     def warn(self, text: str) -> None:
         """Keep a warning for the report and the log."""
         self.warnings.append(text)

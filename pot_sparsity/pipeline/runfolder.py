@@ -63,7 +63,10 @@ class RunFolder:
         self._created = False
         self._log: MemoryHandler | None = None
         if path is not None:
-            self._check(path)
+            try:
+                self._check(path)
+            except OSError as error:
+                raise OutputError(f"output folder {str(path)!r} cannot be used: {error.strerror}; give another with -o") from None
 
     def _check(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
@@ -78,6 +81,11 @@ class RunFolder:
                 )
             if entries and not run:
                 raise OutputError(f"output folder {str(path)!r} is not empty and holds no run; give another folder")
+            if run and self._resume and not self._marker(path).is_file():
+                raise OutputError(
+                    f"output folder {str(path)!r} holds a run that is finished: there is nothing to resume; use --force "
+                    "to replace it, or give another folder"
+                )
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise OutputError(f"output folder {str(path)!r} is not writable; give another with -o")
@@ -89,23 +97,42 @@ class RunFolder:
         """
         if self.path is None or self._created:
             return
-        text = json.dumps(fingerprint, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        marker = self.path / STATE / "run.json"
+        marker = self._marker(self.path)
         if self._resume and marker.is_file():
-            if json.loads(marker.read_text(encoding="utf-8")).get("fingerprint") != digest:
-                raise OutputError(
-                    f"the run in {str(self.path)!r} was started with another model, data, recipe or version; "
-                    "use --force to start over or give another folder"
-                )
+            self.check_resumable(fingerprint)
             self._created = True
             return
+        new = not self.path.exists()
         with writing(self.path):
             if self.path.is_dir():
                 self._clear()
-            (self.path / STATE).mkdir(parents=True, exist_ok=True)
-            write_text(marker, json.dumps({"fingerprint": digest}))
+            try:
+                (self.path / STATE).mkdir(parents=True, exist_ok=True)
+                write_text(marker, json.dumps({"fingerprint": _digest(fingerprint)}))
+            except BaseException:
+                shutil.rmtree(self.path if new else self.path / STATE, ignore_errors=True)
+                raise
         self._created = True
+
+    def check_resumable(self, fingerprint: Mapping[str, object]) -> None:
+        """Raise OutputError if there is a run to resume and it is another one; nothing is written."""
+        if self.path is None or not self._resume or not self._marker(self.path).is_file():
+            return
+        with writing(self.path):
+            text = self._marker(self.path).read_text(encoding="utf-8", errors="replace")
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("fingerprint") != _digest(fingerprint):
+            raise OutputError(
+                f"the run in {str(self.path)!r} was started with another model, data, recipe or version; "
+                "use --force to start over or give another folder"
+            )
+
+    @staticmethod
+    def _marker(path: Path) -> Path:
+        return path / STATE / "run.json"
 
     def _clear(self) -> None:
         assert self.path is not None
@@ -171,7 +198,8 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            logger.exception("the run failed")
+            if self.path is not None:
+                logger.exception("the run failed")
             raise
         finally:
             self._write_log()
@@ -190,13 +218,17 @@ class RunFolder:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._log.setTarget(handler)
         self._log.flush()
-        self._log.setTarget(None)  # type: ignore[arg-type]
+        self._log.setTarget(None)
         handler.close()
 
     def finish_state(self) -> None:
         """Drop the state of a finished run: nothing is left to resume."""
         if self.path is not None:
             shutil.rmtree(self.path / STATE, ignore_errors=True)
+
+
+def _digest(fingerprint: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

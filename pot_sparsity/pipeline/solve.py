@@ -17,7 +17,8 @@ from pot_sparsity.algorithms.correction import (
     exact_weight_correction,
     pot_weight_correction,
 )
-from pot_sparsity.algorithms.pruning import SOLVERS, SolverOptions
+from pot_sparsity.algorithms.pruning.problem import SolverOptions
+from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.errors import PotSparsityError, RecipeError
 from pot_sparsity.graph.layers import Layer, pattern_stride
 from pot_sparsity.graph.model import Model

@@ -11,6 +11,7 @@ from types import TracebackType
 import numpy as np
 
 from pot_sparsity.algorithms.arrays import AnyArray
+from pot_sparsity.pipeline.runfolder import writing
 
 #: Bytes that all spools of one process step keep in memory before they spill.
 MEMORY_BUDGET = 192 * 2**20
@@ -82,8 +83,9 @@ class Spool:
         self.close()
 
     def _write(self, array: AnyArray, index: int) -> Path:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="pot-sparsity-"))
-        path = self._folder / f"{len(self._batches)}_{index}.npy"
-        np.save(path, array, allow_pickle=False)
+        with writing(self._folder or Path(tempfile.gettempdir())):
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="pot-sparsity-"))
+            path = self._folder / f"{len(self._batches)}_{index}.npy"
+            np.save(path, array, allow_pickle=False)
         return path

@@ -6,6 +6,7 @@ Layers are drawn by their number in the layer table: the drawing holds no text t
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 import matplotlib
@@ -23,7 +24,8 @@ def sparsity_chart(layers: Sequence[LayerReport], reached: float) -> str:
     colours = [_DENSE if layer.ignored else _PRUNED for layer in layers]
     axes.bar(range(1, len(layers) + 1), [100 * layer.sparsity for layer in layers], color=colours)
     axes.axhline(100 * reached, color=_LINE, linewidth=1, linestyle="--")
-    axes.set(xlabel="layer", ylabel="zeros, %", ylim=(0, 100))
+    axes.set(xlabel="layer", ylabel="zeros, %", ylim=(0, 100), xlim=(0.4, len(layers) + 0.6))
+    axes.locator_params(axis="x", integer=True)
     return _svg(figure, "sparsity")
 
 
@@ -40,6 +42,7 @@ def error_chart(layers: Sequence[LayerReport]) -> str | None:
     axes = figure.add_subplot()
     axes.bar([number for number, _ in measured], [error for _, error in measured], color=_PRUNED)
     axes.set(xlabel="layer", ylabel="error / output energy", yscale="log", xlim=(0.4, len(layers) + 0.6))
+    axes.locator_params(axis="x", integer=True)
     return _svg(figure, "error")
 
 
@@ -57,11 +60,11 @@ def schedule_chart(iterations: Sequence[Iteration], metric: str) -> str | None:
     return _svg(figure, "schedule")
 
 
-def _svg(figure: Figure, salt: str) -> str:
-    """The drawing from ``<svg`` on: the same bytes for the same numbers, identifiers unique within a page."""
+def _svg(figure: Figure, name: str) -> str:
+    """The drawing from ``<svg`` on, with ``name`` in front of every identifier; same numbers, same bytes."""
     absent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         figure.savefig(text, format="svg", metadata=absent)
     drawing = text.getvalue()
-    return drawing[drawing.index("<svg") :]
+    return re.sub(r'( id="|"#|url\(#)', rf"\g<1>{name}-", drawing[drawing.index("<svg") :])

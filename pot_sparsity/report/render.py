@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,15 +21,15 @@ def summary_tables(report: Report, *, verbose: bool = False) -> list[RenderableT
     report
         The finished report.
     verbose
-        Add the table of layers and what was decided on the way.
+        Show all metrics, the layers and what was decided on the way.
 
     Returns
     -------
     list of rich renderables
         The sparsity reached, the variants, the stages, the layers if ``verbose``, and the warnings.
     """
-    variants = variants_table(report.variants, report.data.metric)
-    parts: list[RenderableType] = [Text(headline(report)), variants, _stages_table(report)]
+    variants = variants_table(report.variants, report.data.metric, verbose=verbose)
+    parts: list[RenderableType] = [Text(headline(report)), variants, _stages_table(report, verbose)]
     if verbose:
         parts.append(layers_table(report.layers))
         parts.extend(_cell(f"decided: {line}") for line in decision_lines(report))
@@ -64,11 +65,12 @@ def decision_lines(report: Report) -> list[str]:
     return lines
 
 
-def variants_table(variants: Sequence[Variant], watched: str) -> Table:
+def variants_table(variants: Sequence[Variant], watched: str, *, verbose: bool = False) -> Table:
     """The models side by side: metrics, paired difference of the watched metric, zeros, sizes, latency."""
-    metrics = words.metric_names([variant.metrics for variant in variants])
+    measured = [variant.metrics for variant in variants]
+    metrics = words.metric_names(measured) if verbose else words.main_metrics(measured, watched)
     paired = words.paired_metric(variants, watched)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model")
     for name in metrics:
         table.add_column(Text(words.metric_title(name)), justify="right")
@@ -93,7 +95,7 @@ def variants_table(variants: Sequence[Variant], watched: str) -> Table:
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Every layer: shape, weights, zeros, FLOPs, layer error, and why it was left dense if it was."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     for title in ("#", "layer", "kind", "shape", "weights", "zeros", "MFLOPs", "error", "left dense because"):
         number = title in ("#", "weights", "zeros", "MFLOPs", "error")
         table.add_column(title, justify="right" if number else "left", overflow="fold")
@@ -115,7 +117,7 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
 
 def left_table(left: Sequence[Left], title: str) -> Table:
     """Nodes that were left alone, and why."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("node", overflow="fold")
     table.add_column("reason", overflow="fold")
     for entry in left:
@@ -125,7 +127,7 @@ def left_table(left: Sequence[Left], title: str) -> Table:
 
 def metrics_table(metrics: dict[str, float]) -> Table:
     """Metrics of one model."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name in words.metric_names([metrics]):
@@ -137,15 +139,18 @@ def _cell(text: str, style: str = "") -> Text:
     return Text(words.printable(text), style)
 
 
-def _stages_table(report: Report) -> Table:
-    table = Table()
+def _stages_table(report: Report, verbose: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("stage")
     table.add_column("time", justify="right")
     table.add_column("peak memory", justify="right")
     table.add_column("metrics after")
     for stage in report.stages:
         memory = f"{stage.peak_memory_mib:,.0f} MiB"
-        after = words.metrics_line(stage.metrics_after)
+        shown = stage.metrics_after
+        if not verbose:
+            shown = {name: shown[name] for name in words.main_metrics([shown], report.data.metric)}
+        after = words.metrics_line(shown)
         table.add_row(*(_cell(cell) for cell in (stage.name, words.seconds(stage.seconds), memory, after)))
     table.add_section()
     table.add_row("total", words.seconds(report.seconds), f"{report.peak_memory_mib:,.0f} MiB", "")

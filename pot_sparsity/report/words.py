@@ -49,10 +49,16 @@ def metric_names(metrics: Iterable[dict[str, float]]) -> list[str]:
     return known + [name for name in found if name not in METRIC_TITLES]
 
 
+def main_metrics(metrics: Iterable[dict[str, float]], watched: str) -> list[str]:
+    """What fits on a terminal: the watched metric and the agreement with the dense model."""
+    names = metric_names(metrics)
+    return [name for name in dict.fromkeys((watched, "agreement")) if name in names] or names[:2]
+
+
 def metrics_line(metrics: dict[str, float]) -> str:
     """Metrics on one line."""
-    parts = [f"{metric_title(name)} {metric_value(name, metrics[name])}" for name in metric_names([metrics])]
-    return ", ".join(parts) or ABSENT
+    values = ((metric_title(name), metric_value(name, metrics[name])) for name in metric_names([metrics]))
+    return ", ".join(f"{title.removesuffix(' %')} {value}" for title, value in values) or ABSENT
 
 
 def paired_metric(variants: Sequence[Variant], watched: str) -> str | None:

@@ -1,4 +1,6 @@
-"""Streamed moments against float64 moments of the columns laid out by :func:`unfold`, itself tested on its own."""
+"""Streamed moments against float64 moments of the columns laid out by :func:`unfold`, itself tested on its
+own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pot_sparsity.algorithms import gram
+from pot_sparsity.algorithms import band_gram, gram
 from pot_sparsity.algorithms.arrays import ConvGeometry, Float64, Geometry, MatMulGeometry, Moments
 from pot_sparsity.algorithms.moments import CrossMoments, CrossMomentsAccumulator, MomentsAccumulator
 from pot_sparsity.algorithms.patches import Workspace, axis_taps, output_size, unfold
@@ -51,7 +53,8 @@ def conv_cases(draw: st.DrawFn) -> Case:
 def activations(shape: tuple[int, ...], seed: int) -> NDArray[Any]:
     """Correlated, not centred, as after a ReLU."""
     noise = np.random.default_rng(seed).standard_normal(shape)
-    return np.maximum(noise + 0.5 * noise.mean(axis=1, keepdims=True) + 0.3, 0).astype(np.float32)
+    rectified: NDArray[np.float64] = np.maximum(noise + 0.5 * noise.mean(axis=1, keepdims=True) + 0.3, 0)
+    return rectified.astype(np.float32)
 
 
 def oracle(columns: NDArray[Any]) -> Moments:
@@ -120,8 +123,9 @@ def test_small_pieces_give_the_same_moments(case: Case, seed: int, least: int) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gram, "_PIECE_LEAST", least)
         patch.setattr(gram, "_PIECE_MOST", least * 2)
-        patch.setattr(gram, "_BAND_PIECE", least)
-        patch.setattr(gram, "_TILE", 2)
+        patch.setattr(band_gram, "_PIECE", least)
+        patch.setattr(band_gram, "_PIECE_MOST", least * 2)
+        patch.setattr(band_gram, "_WINDOWS", (4,))
         moments = moments_of(case.geometry, x)
         accumulator = CrossMomentsAccumulator(case.geometry)
         accumulator.update(x, y)
@@ -262,7 +266,9 @@ def test_cross_moments_recover_the_layer() -> None:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_sampled_positions_are_positions(rank: int, transposed: bool) -> None:
-    geometry = ConvGeometry((3,) * rank, (2,) * rank, (1,) * rank, (1,) * rank, (0,) * rank, 2, "explicit", transposed)
+    geometry = ConvGeometry(
+        (3,) * rank, (2,) * rank, (1,) * rank, (1,) * rank, (0,) * rank, 2, "explicit", transposed
+    )
     x = activations((3, 4, *(6,) * rank), 0)
     out = output_size(geometry, x.shape[2:])
     y = activations((3, 2, *out), 1)
@@ -304,7 +310,11 @@ def test_sampling_is_unbiased_over_many_batches() -> None:
 def test_cheaper_kernels_are_taken() -> None:
     """A 3x3 layer of stride 1 shifts rows; strided and transposed ones copy their taps."""
     geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
-    for changed, shifts in ((geometry, 3), (replace(geometry, strides=(2, 1)), 1), (replace(geometry, transposed=True), 1)):
+    for changed, shifts in (
+        (geometry, 3),
+        (replace(geometry, strides=(2, 1)), 1),
+        (replace(geometry, transposed=True), 1),
+    ):
         assert gram.RowPlan.of(changed, axis_taps(changed, (16, 16))).shifts == shifts
 
 

@@ -149,7 +149,11 @@ def test_what_a_weight_may_hide_behind() -> None:
     assert _one("Transpose", [], perm=[0, 2, 3, 1]).attrs == {"perm": (0, 2, 3, 1)}
     assert _one("Transpose", []).attrs == {"perm": (3, 2, 1, 0)}
     assert _one("Identity", []).op == "Identity"
-    constants = {"q": np.ones((2, 3), np.int8), "s": np.ones(3, np.float32), "shape": np.array([3, -1])}
+    constants: dict[str, AnyArray] = {
+        "q": np.ones((2, 3), np.int8),
+        "s": np.ones(3, np.float32),
+        "shape": np.array([3, -1]),
+    }
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "s"], ["d"], name="d"),
         helper.make_node("Reshape", ["d", "shape"], ["r"], name="r"),
@@ -175,7 +179,7 @@ def test_operators_of_other_domains_are_opaque() -> None:
 
 def test_constants_of_every_kind() -> None:
     nodes = [
-        helper.make_node("Constant", [], ["t"], value=numpy_helper.from_array(np.float64([1, 2]))),
+        helper.make_node("Constant", [], ["t"], value=numpy_helper.from_array(np.array([1.0, 2.0]))),
         helper.make_node("Constant", [], ["f"], value_float=1.5),
         helper.make_node("Constant", [], ["fs"], value_floats=[1.5, 2.5]),
         helper.make_node("Constant", [], ["i"], value_int=3),
@@ -183,7 +187,7 @@ def test_constants_of_every_kind() -> None:
         helper.make_node("Constant", [], ["s"], value_string=b"word"),
         helper.make_node("Identity", ["t"], ["y"]),
     ]
-    graph = OnnxModel(_model(nodes, {"x": (1,)}, ["y"], {"w": np.float16([7.0])})).graph
+    graph = OnnxModel(_model(nodes, {"x": (1,)}, ["y"], {"w": np.array([7.0], np.float16)})).graph
     expected: dict[str, AnyArray] = {
         "t": np.array([1.0, 2.0]),
         "f": np.array(1.5, np.float32),
@@ -238,7 +242,7 @@ def test_subgraphs_count_as_consumers() -> None:
         helper.make_node("If", ["c"], ["y"], name="if", then_branch=inner, else_branch=other),
         helper.make_node("MatMul", ["x", "w"], ["y2"], name="m"),
     ]
-    constants = {"w": _zeros(3, 3), "c": np.array(True)}
+    constants: dict[str, AnyArray] = {"w": _zeros(3, 3), "c": np.array(True)}
     graph = OnnxModel(_model(nodes, {"x": (1, 3)}, ["y", "y2"], constants)).graph
     assert graph.node("if").inputs == ("c", "x", "w")
     assert {(node.name, port) for node, port in graph.consumers("w")} == {("if", 2), ("m", 1)}

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import openvino as ov
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from openvino import opset13 as ops
 
 from pot_sparsity.algorithms.arrays import AnyArray, ConvGeometry, Float32, Float64
 from pot_sparsity.algorithms.patches import unfold
 from pot_sparsity.graph.discovery import find_layers
-from pot_sparsity.graph.layers import Layer
+from pot_sparsity.graph.layers import Layer, LayerKind, Layout
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.graph.openvino_model import OpenVINOModel
-from pot_sparsity.graph.weights import count_zeros, read_bias, read_weight, write_bias, write_weight
+from pot_sparsity.graph.weights import (
+    count_zeros,
+    from_matrix,
+    read_bias,
+    read_weight,
+    to_matrix,
+    write_bias,
+    write_weight,
+)
 
 FORMATS = ("onnx", "openvino")
 RNG = np.random.default_rng(7)
@@ -90,7 +101,7 @@ def assert_round_trip(model: Model, layer: Layer) -> None:
     write_weight(model, layer, matrix)
 
 
-CONVOLUTIONS: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, object]]] = [
+CONVOLUTIONS: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ("Conv", (2, 3, 8, 7), (5, 3, 3, 2), {"strides": [2, 1], "pads": [1, 0, 2, 1]}),
     ("Conv", (2, 6, 8, 8), (4, 3, 3, 3), {"group": 2, "dilations": [2, 1]}),
     ("Conv", (2, 4, 8, 8), (4, 1, 3, 3), {"group": 4, "auto_pad": "SAME_UPPER", "strides": [2, 2]}),
@@ -106,7 +117,7 @@ CONVOLUTIONS: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, object
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("op", "x", "w", "attrs"), CONVOLUTIONS)
 def test_weight_matrix_times_patches_is_what_the_engine_computes(
-    form: str, op: str, x: tuple[int, ...], w: tuple[int, ...], attrs: dict[str, object]
+    form: str, op: str, x: tuple[int, ...], w: tuple[int, ...], attrs: dict[str, Any]
 ) -> None:
     node = helper.make_node(op, ["x", "w"], ["y"], **attrs)
     model = load(proto([node], {"w": normal(*w)}, x), form)
@@ -237,7 +248,7 @@ def test_weight_behind_a_chain(form: str, name: str) -> None:
     assert_round_trip(model, layer)
 
 
-def _quantized(axis: int, zeros: AnyArray, opset: int = 17, **attrs: object) -> Model:
+def _quantized(axis: int, zeros: AnyArray, opset: int = 17, **attrs: Any) -> Model:
     node = helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["v"], axis=axis, **attrs)
     stored = RNG.integers(0, 256, (6, 8)).astype(zeros.dtype)
     scale = RNG.uniform(0.01, 0.1, zeros.shape).astype(np.float32)
@@ -377,3 +388,39 @@ def test_shared_weight_is_written_once_for_all_places(form: str) -> None:
     before = run(model, x)[0]
     write_weight(model, layer, read_weight(model, layer) * 2)
     np.testing.assert_allclose(run(model, x)[0], before * 4, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    layout=st.sampled_from(["oi", "io", "goi", "gio"]),
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    inputs=st.integers(1, 4),
+    kernel=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+)
+def test_every_layout_is_viewed_element_by_element(
+    layout: Layout, groups: int, rows: int, inputs: int, kernel: list[int]
+) -> None:
+    shape = {
+        "oi": (groups * rows, inputs),
+        "io": (groups * inputs, rows),
+        "goi": (groups, rows, inputs),
+        "gio": (groups, inputs, rows),
+    }[layout] + tuple(kernel)
+    area = int(np.prod(kernel))
+    kind: LayerKind = "convolution_transpose" if "io" in layout else "convolution"
+    layer = Layer("layer", kind, "w", (), (), shape, groups, rows, inputs * area, layout)
+    operand = np.arange(1.0, np.prod(shape) + 1).reshape(shape)
+    matrix = to_matrix(layer, operand)
+    for g in range(groups):
+        for o in range(rows):
+            for i in range(inputs):
+                index = {
+                    "oi": (g * rows + o, i),
+                    "io": (g * inputs + i, o),
+                    "goi": (g, o, i),
+                    "gio": (g, i, o),
+                }[layout]
+                expected = operand[index].ravel()
+                np.testing.assert_array_equal(matrix[g, o, i * area : (i + 1) * area], expected)
+    np.testing.assert_array_equal(from_matrix(layer, matrix), operand)

@@ -1,0 +1,162 @@
+"""Cutting a graph: every layer once and in order, and the partial runs add up to the whole model."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from pot_sparsity.algorithms.arrays import AnyArray
+from pot_sparsity.engines import get_engine
+from pot_sparsity.graph.discovery import find_layers
+from pot_sparsity.graph.graph import Graph
+from pot_sparsity.graph.layers import Layer
+from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.onnx_model import OnnxModel
+from pot_sparsity.pipeline.stages import Cut, StagePlan, plan_stages
+from tests.pipeline.nets import conv_net, images, node, normal, proto, shared_net
+
+
+def diamond_net() -> onnx.ModelProto:
+    """Paths of unequal length that meet, a layer without dependence on the others, and an early output."""
+    constants = {f"w{i}": normal(i, 6, 6, scale=0.5) for i in range(5)}
+    nodes = [
+        node("MatMul", ["x", "w0"], "a"),
+        node("MatMul", ["a", "w1"], "b"),
+        node("Relu", ["b"], "early"),
+        node("MatMul", ["early", "w2"], "c"),
+        node("MatMul", ["x", "w3"], "d"),
+        node("Mul", ["c", "d"], "e"),
+        node("Add", ["e", "a"], "f"),
+        node("MatMul", ["f", "w4"], "y"),
+    ]
+    return proto(nodes, constants, ["n", 6], ["y", "early"])
+
+
+NETS = {
+    "conv": (conv_net, (3, 8, 8)),
+    "diamond": (diamond_net, (6,)),
+    "shared": (shared_net, (7,)),
+}
+
+
+def single(graph: Graph) -> list[Layer]:
+    return [layer for layer in find_layers(graph).layers if not layer.shared]
+
+
+def inputs_for(model: Model, shape: tuple[int, ...], batch: int = 2) -> dict[str, AnyArray]:
+    return {model.graph.inputs[0]: normal(77, batch, *shape)}
+
+
+def advance(model: Model, cut: Cut, alive: dict[str, AnyArray]) -> dict[str, AnyArray]:
+    """One partial run, by the book: only what the cut names is fed and kept."""
+    after = {name: alive[name] for name in cut.carried}
+    if cut.outputs:
+        executable = get_engine("openvino", 1).compile(model.extract(outputs=cut.outputs, inputs=cut.inputs))
+        assert set(executable.inputs) <= set(cut.inputs)
+        after |= executable.run({name: alive[name] for name in executable.inputs})
+    return after
+
+
+def tap(model: Model, feeds: dict[str, AnyArray], tensors: list[str]) -> dict[str, AnyArray]:
+    executable = get_engine("openvino", 1).compile(model.extract(outputs=tuple(dict.fromkeys(tensors))))
+    return executable.run(feeds)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_layer_is_visited_once_and_after_those_it_depends_on(name: str) -> None:
+    graph = OnnxModel(NETS[name][0]()).graph
+    layers = single(graph)
+    plans = plan_stages(graph, layers)
+    visited = [layer.name for plan in plans for layer, _ in plan.layers]
+    assert sorted(visited) == sorted(layer.name for layer in layers)
+    stage = {layer.name: index for index, plan in enumerate(plans) for layer, _ in plan.layers}
+    for layer in layers:
+        for later in layers:
+            if depends(graph, later.places[0].input, layer.places[0].node):
+                assert stage[layer.name] < stage[later.name]
+
+
+def depends(graph: Graph, tensor: str, on: str) -> bool:
+    pending = [tensor]
+    while pending:
+        producer = graph.producer(pending.pop())
+        if producer is None:
+            continue
+        if producer.name == on:
+            return True
+        pending.extend(name for name in producer.inputs if name)
+    return False
+
+
+def test_layers_that_read_one_tensor_share_a_stage() -> None:
+    plans = plan_stages(graph := OnnxModel(conv_net()).graph, single(graph))
+    assert [[layer.name for layer, _ in plan.layers] for plan in plans] == [
+        ["conv1"],
+        ["branch1", "branch2"],
+        ["depthwise"],
+        ["y"],
+    ]
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("side", ["sparse", "dense"])
+def test_walking_the_cuts_gives_what_the_whole_model_gives(name: str, side: str) -> None:
+    build, shape = NETS[name]
+    model = OnnxModel(build())
+    plans = plan_stages(model.graph, single(model.graph))
+    feeds = inputs_for(model, shape)
+    places = [place for plan in plans for _, place in plan.layers]
+    expected = tap(model, feeds, [tensor for place in places for tensor in (place.input, place.output)])
+    alive = dict(feeds)
+    for plan in plans:
+        alive = advance(model, cut_of(plan, side), alive)
+        for _, place in plan.layers:
+            tensors = [place.input] if side == "sparse" else [place.output]
+            for tensor in tensors:
+                np.testing.assert_allclose(alive[tensor], expected[tensor], rtol=1e-5, atol=1e-6)
+
+
+def cut_of(plan: StagePlan, side: str) -> Cut:
+    return plan.sparse if side == "sparse" else plan.dense
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_sparse_side_sees_the_weights_written_before_each_stage(name: str) -> None:
+    """Layers rewritten as soon as their stage is solved: the walk must equal the fully rewritten model."""
+    build, shape = NETS[name]
+    model = OnnxModel(build())
+    final = OnnxModel(build())
+    layers = single(model.graph)
+    for layer in layers:
+        final.set_constant(layer.constant, final.graph.value(layer.constant) * np.float32(0.5))
+    plans = plan_stages(model.graph, layers)
+    feeds = inputs_for(model, shape)
+    places = [place for plan in plans for _, place in plan.layers]
+    expected = tap(final, feeds, [place.input for place in places])
+    alive = dict(feeds)
+    for plan in plans:
+        alive = advance(model, plan.sparse, alive)
+        for layer, place in plan.layers:
+            np.testing.assert_allclose(alive[place.input], expected[place.input], rtol=1e-5, atol=1e-6)
+            model.set_constant(layer.constant, final.graph.value(layer.constant))
+
+
+def test_a_cut_holds_no_tensor_longer_than_needed() -> None:
+    """The network's input is dead once the first convolution ran."""
+    model = OnnxModel(conv_net())
+    plans = plan_stages(model.graph, single(model.graph))
+    alive = {model.graph.inputs[0]: images(2)}
+    sizes = []
+    for plan in plans:
+        alive = advance(model, plan.dense, alive)
+        sizes.append(sorted(alive))
+    assert "x" in plans[0].sparse.carried
+    assert all("x" not in names for names in sizes)
+    assert len(sizes[-1]) == 1
+
+
+def test_shared_weights_are_refused() -> None:
+    graph = OnnxModel(shared_net()).graph
+    with pytest.raises(ValueError, match="'m1' is used in 2 places"):
+        plan_stages(graph, find_layers(graph).layers)

@@ -17,6 +17,8 @@ Float64: TypeAlias = NDArray[np.float64]
 Float32: TypeAlias = NDArray[np.float32]
 Bool: TypeAlias = NDArray[np.bool_]
 AnyArray: TypeAlias = NDArray[np.generic]
+#: Variance relative to the second moment below which an input does not vary but for rounding.
+CONSTANT = 1e-7
 PadMode: TypeAlias = Literal["explicit", "same_upper", "same_lower", "valid"]
 
 
@@ -130,8 +132,15 @@ class Moments:
 
     @property
     def centred(self) -> Float64:
-        """Covariance ``E[x x^T] - E[x] E[x]^T``: the H of a layer whose bias is free."""
-        return np.asarray(self.second - self.mean[:, :, None] * self.mean[:, None, :])
+        """Covariance ``E[x x^T] - E[x] E[x]^T``: the H of a layer whose bias is free.
+
+        An input whose variance is below the rounding of float32 products (1e-7 of its second moment) is constant:
+        its row and column are exactly 0.
+        """
+        covariance = self.second - self.mean[:, :, None] * self.mean[:, None, :]
+        power = np.einsum("gcc->gc", self.second)
+        constant = np.einsum("gcc->gc", covariance) <= CONSTANT * power
+        return np.where(constant[:, :, None] | constant[:, None, :], 0.0, covariance)
 
     @property
     def with_one(self) -> Float64:

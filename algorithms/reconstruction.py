@@ -10,13 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import solve
+from scipy.linalg import cho_factor, cho_solve
 
 from pot_sparsity.algorithms.arrays import Float64
 from pot_sparsity.algorithms.moments import CrossMoments
 
 #: Ridge towards the dense weight, relative to the mean diagonal of H: keeps directions without data where they were.
 RIDGE = 1e-4
+#: Least ridge, relative to the mean second moment: a variance below it is rounding noise of float32 products.
+ROUNDING = 1e-8
+#: How often the ridge may grow tenfold.
+STEPS = 10
 #: Blends between the dense weight (0) and the reconstructed target (1) are kept within these bounds.
 BLEND_BOUNDS = (0.0, 1.0)
 
@@ -68,13 +72,12 @@ def sparse_target(
     """
     centred = fit.inputs.centred
     cols = centred.shape[-1]
+    varies = np.einsum("gcc->gc", centred) > 0.0  # a constant input tells nothing: its weights stay dense
+    cross = np.where(varies[:, None, :], fit.centred_cross, 0.0)
     level = ridge * np.einsum("gcc->g", centred) / cols
-    damping = np.where(level > 0, level, 1.0)[:, None, None]
-    system = centred + damping * np.eye(cols)
-    right = fit.centred_cross + damping * dense
-    best = np.stack(
-        [solve(system[g], right[g].T, assume_a="pos", check_finite=False).T for g in range(len(system))]
-    )
+    level = np.maximum(level, ROUNDING * np.einsum("gcc->g", fit.inputs.second) / cols)
+    level = np.where(level > 0, level, 1.0)
+    best = np.stack([_ridge(centred[g], cross[g], dense[g], float(level[g])) for g in range(len(dense))])
     judge = held_out or fit
     step = best - dense
     curvature = float(((step @ judge.inputs.centred) * step).sum())
@@ -86,3 +89,15 @@ def sparse_target(
     scale = float((judge.output_power - judge.output_mean**2).sum())
     relative = [output_error(w, judge) / scale if scale > 0 else 0.0 for w in (dense, weight)]
     return SparseTarget(weight, blend, relative[0], relative[1])
+
+
+def _ridge(second: Float64, cross: Float64, dense: Float64, level: float) -> Float64:
+    """``argmin tr(W H W^T) - 2 tr(W G^T) + level |W - W_dense|^2``; rounding may ask for a higher level."""
+    for _ in range(STEPS):
+        try:
+            factor = cho_factor(second + level * np.eye(len(second)), lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            level *= 10.0
+            continue
+        return np.asarray(cho_solve(factor, (cross + level * dense).T, check_finite=False).T)
+    raise np.linalg.LinAlgError("covariance of the layer's input is too indefinite: no ridge makes it solvable")

@@ -379,14 +379,16 @@ def _session(*, verbose: bool, quiet: bool, folder: Path | None = None) -> Itera
 
 
 def _internal(error: Exception, folder: Path | None, verbose: bool) -> str:
-    """One line about an unexpected exception; its traceback is shown, or appended to the run's log."""
+    """One line about an unexpected exception, whose traceback is in the run's log or goes there."""
     trace = traceback.format_exc()
     where = "run again with --verbose to see where"
     if folder is not None and folder.is_dir():
         log = folder / "run.log"
         try:
-            with log.open("a", encoding="utf-8") as stream:
-                stream.write(trace)
+            with log.open("a+", encoding="utf-8") as stream:
+                stream.seek(0)
+                if not stream.read().rstrip().endswith(trace.splitlines()[-1]):
+                    stream.write(trace)
             where = f"the traceback is in {log}"
         except OSError as failure:
             where = f"{where} ({log} cannot be written: {failure.strerror})"

@@ -15,6 +15,7 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 
 from pot_sparsity.algorithms.arrays import AnyArray, Bool, Float64
+from pot_sparsity.detection_metrics import DetectionAgreement, detection_lists, looks_like_detections
 from pot_sparsity.errors import DataError, ModelError, PotSparsityError, RecipeError
 
 SQNR_LIMIT = 200.0
@@ -125,6 +126,9 @@ class Comparison:
         equal outputs.
     ``output_mse``
         Mean of ``(reference - candidate)^2``.
+    ``detection_agreement``
+        In place of all of these where the first reference batch is a list of detections:
+        see :class:`~pot_sparsity.detection_metrics.DetectionAgreement`.
 
     The first two only where the output looks like class scores: floating point, ``[N, classes]`` or
     ``[N, T, classes]`` with more than one class; ``[N, classes, 1, 1]`` and the like count as the
@@ -140,6 +144,7 @@ class Comparison:
         self._name = name
         self._has_classes = True
         self._probabilities: bool | None = None
+        self._detections: DetectionAgreement | None = None
         self._positions = 0
         self._elements = 0
         self._same = 0
@@ -164,6 +169,11 @@ class Comparison:
                 f"output {self._name!r} is {list(reference.shape)} in the reference and "
                 f"{list(candidate.shape)} in the model compared with it"
             )
+        if not self._elements and looks_like_detections(reference):
+            self._detections = DetectionAgreement()
+        if self._detections is not None:
+            self._compare_detections(self._detections, reference, candidate)
+            return
         reference_scores, candidate_scores = _class_scores(reference), _class_scores(candidate)
         if reference_scores is None or candidate_scores is None:
             self._has_classes = False
@@ -183,6 +193,8 @@ class Comparison:
         """Values by name over all batches; DataError where none was seen."""
         if not self._elements:
             raise DataError(f"output {self._name!r}: no samples were compared")
+        if self._detections is not None:
+            return {"detection_agreement": self._detections.result()}
         values = {"sqnr": _sqnr(self._signal, self._noise), "output_mse": self._noise / self._elements}
         if not self._has_classes:
             return values
@@ -196,6 +208,14 @@ class Comparison:
             raise PotSparsityError(
                 f"output {self._name!r} holds NaN or infinite values where the reference model's does not"
             )
+
+    def _compare_detections(
+        self, agreement: DetectionAgreement, reference: AnyArray, candidate: AnyArray
+    ) -> None:
+        ours, theirs = detection_lists(reference), detection_lists(candidate)
+        self._check_finite(np.concatenate(ours), np.concatenate(theirs))
+        agreement.update(ours, theirs)
+        self._elements += reference.size
 
     def _compare_classes(self, reference: Float64, candidate: Float64) -> None:
         if self._probabilities is None:

@@ -18,17 +18,28 @@ import numpy as np
 import onnx
 import openvino as ov
 from nncf.common.logging import nncf_logger
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+
+# The same entry point as nncf uses; there is no public one.
+from openvino._offline_transformations import apply_moc_transformations
 
 from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.data.dataset import Dataset
-from pot_sparsity.errors import ModelError, PotSparsityError
+from pot_sparsity.engines.onnxruntime_engine import OnnxRuntimeEngine
+from pot_sparsity.errors import ModelError, PotSparsityError, UserError
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.openvino_model import reason
+from pot_sparsity.graph.openvino_nodes import settle_names
 from pot_sparsity.graph.passes import fold_weight_chains
 from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.recipe import QuantizationSettings
 
+log = logging.getLogger(__name__)
+
+#: What OpenVINO appends to the name of an ONNX layer whose bias it makes an operator of its own.
+_SPLIT = "/WithoutBiases"
 _PRESETS = {"mixed": nncf.QuantizationPreset.MIXED, "performance": nncf.QuantizationPreset.PERFORMANCE}
 
 
@@ -59,25 +70,57 @@ def quantize(
     """
     folded = model.copy()
     fold_weight_chains(folded)
-    size = model.batch_size or 1
+    native = _quantized(folded, dataset, settings, ignored_scope, None)
+    if isinstance(native, onnx.ModelProto) and not _runs(native, folded, dataset):
+        log.warning(
+            "ONNX Runtime cannot run depthwise layers with a scale per input channel behind ReLU: "
+            "activations get one scale per tensor"
+        )
+        native = _quantized(folded, dataset, settings, ignored_scope, QuantizationParameters(per_channel=False))
+    result = load_model(native)
+    result.source = model.source
+    result.edits = list(folded.edits)
+    return result
+
+
+def _quantized(
+    folded: Model,
+    dataset: Dataset,
+    settings: QuantizationSettings,
+    ignored_scope: nncf.IgnoredScope | None,
+    activations: QuantizationParameters | None,
+) -> onnx.ModelProto | ov.Model:
+    size = folded.batch_size or 1
     steps = max(1, min(settings.samples, len(dataset)) // size)
     with _quiet():
         try:
-            native = nncf.quantize(
+            return nncf.quantize(
                 folded.native,
                 nncf.Dataset(_Samples(folded, dataset, size, steps)),
                 preset=_PRESETS[settings.preset],
                 subset_size=steps,
                 fast_bias_correction=settings.fast_bias_correction,
                 ignored_scope=ignored_scope,
+                advanced_parameters=AdvancedQuantizationParameters(activations_quantization_params=activations),
             )
         except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"NNCF cannot quantize this model ({reason}); run with --no-int8") from error
-    result = load_model(native)
-    result.source = model.source
-    result.edits = list(folded.edits)
-    return result
+            text = str(error).strip()
+            why = text.splitlines()[0] if text else type(error).__name__
+            raise ModelError(f"NNCF cannot quantize this model ({why}); run with --no-int8") from error
+
+
+def _runs(native: onnx.ModelProto, folded: Model, dataset: Dataset) -> bool:
+    """Whether ONNX Runtime can run a quantized model that it could run before."""
+    batch = next(iter(dataset.batches(folded.batch_size or 1)))
+    engine = OnnxRuntimeEngine()
+    for model in (load_model(native), folded):
+        try:
+            executable = engine.compile(model.extract())
+            executable.run(dict(zip(executable.inputs, (batch.inputs[n] for n in model.input_names), strict=True)))
+        except UserError:
+            continue
+        return model is not folded
+    return True
 
 
 def lost_zeros(sparse: Model, quantized: Model) -> dict[str, int]:
@@ -137,16 +180,35 @@ def _quiet() -> Iterator[None]:
 
 
 def convert_to_openvino(model: Model) -> Model:
-    """The same model as OpenVINO IR, with BatchNorm fused and constants folded by OpenVINO's own converter."""
+    """The same model as OpenVINO IR, with BatchNorm fused by OpenVINO's own passes; layers keep their names.
+
+    Raises
+    ------
+    ModelError
+        OpenVINO cannot read the model.
+    """
     native = model.native
     if isinstance(native, ov.Model):
         return model
-    with _quiet():
-        try:
-            converted = ov.convert_model(io.BytesIO(native.SerializeToString()))
-        except RuntimeError as error:
-            raise ModelError(f"OpenVINO cannot convert this model: {str(error).splitlines()[0]}") from error
+    content = native.SerializeToString()
+    converted = _read_onnx(content)
+    settle_names(converted, _read_onnx(content))
+    operators = {op.get_friendly_name(): op for op in converted.get_ops()}
+    for name, op in operators.items():
+        layer = name.removesuffix(_SPLIT)
+        if layer != name and layer in operators:
+            operators[layer].set_friendly_name(f"{layer}/Bias")
+            op.set_friendly_name(layer)
     result = load_model(converted)
     result.source = model.source
     result.edits = list(model.edits)
     return result
+
+
+def _read_onnx(content: bytes) -> ov.Model:
+    try:
+        model = ov.Core().read_model(io.BytesIO(content))
+        apply_moc_transformations(model, cf=False)
+    except RuntimeError as error:
+        raise ModelError(f"OpenVINO cannot convert this model: {reason(error)}") from error
+    return model

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pot_sparsity import metrics
 from pot_sparsity.algorithms.arrays import AnyArray, Float64
+from pot_sparsity.detection_metrics import looks_like_detections
 from pot_sparsity.errors import DataError, ModelError, PotSparsityError, RecipeError
 from pot_sparsity.metrics import METRICS, SQNR_LIMIT, Comparison, Top1, Top5, get_metric, paired_interval
 
@@ -214,6 +215,145 @@ def test_outputs_that_cannot_be_compared() -> None:
     assert caught.value.exit_code == 1
     with pytest.raises(ValueError, match=r"is \[1, 2\] in the reference and \[1, 3\] in the model"):
         compare(good, np.zeros((1, 3)))
+
+
+# --- detections
+
+
+def detections(*images: list[list[float]], length: int = 12) -> Float64:
+    """Lists ``[images, 1, length, 7]`` that end with -1; what follows the end is garbage."""
+    output = np.full((len(images), 1, length, 7), 0.9)
+    for image, rows in enumerate(images):
+        output[image, 0, : len(rows)] = np.array(rows).reshape(-1, 7)
+        if len(rows) < length:
+            output[image, 0, len(rows), 0] = -1.0
+    return output
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (a, b)]
+    union = sum(areas) - width * height
+    return width * height / union if union else 0.0
+
+
+def plain_agreement(reference: list[list[list[float]]], candidate: list[list[list[float]]]) -> float:
+    total = matches = 0
+    for ours, theirs in zip(reference, candidate, strict=True):
+        left = [row for row in ours if row[2] >= 0.3]
+        found = sorted((row for row in theirs if row[2] >= 0.3), key=lambda row: -row[2])
+        total += len(left) + len(found)
+        for row in found:
+            same = [other for other in left if other[:2] == row[:2]]
+            best = max(same, key=lambda other: overlap(other[3:], row[3:]), default=None)
+            if best is not None and overlap(best[3:], row[3:]) >= 0.5:
+                matches += 1
+                left.remove(best)
+    return 200.0 * matches / total if total else 100.0
+
+
+def random_lists(random: np.random.Generator, images: int) -> list[list[list[float]]]:
+    """Up to 11 detections an image, of 2 classes and among few boxes, so that many overlap."""
+    lists = []
+    for _ in range(images):
+        rows = []
+        for _ in range(int(random.integers(0, 12))):
+            low, size = random.uniform(0, 0.3, 2), random.uniform(0.0, 0.6, 2)
+            head = [0.0, float(random.integers(0, 2)), float(random.uniform(0.1, 1.0))]
+            rows.append([*head, *low.tolist(), *(low + size).tolist()])
+        lists.append(rows)
+    return lists
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, st.integers(1, 5), st.integers(1, 3))
+def test_detection_agreement_against_plain_python(seed: int, images: int, batch: int) -> None:
+    random = np.random.default_rng(seed)
+    reference, candidate = random_lists(random, images), random_lists(random, images)
+    ours, theirs = detections(*reference), detections(*candidate)
+    comparison = Comparison("out")
+    for start in range(0, images, batch):
+        comparison.update(ours[start : start + batch], theirs[start : start + batch])
+    assert comparison.result() == {
+        "detection_agreement": pytest.approx(plain_agreement(reference, candidate))
+    }
+    assert compare(ours, ours) == {"detection_agreement": 100.0}
+
+
+BOX = [0.1, 0.1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "expected"),
+    [
+        ([[0, 1, 0.9, *BOX]], 100.0),
+        ([[0, 1, 0.31, 0.1, 0.1, 0.5, 0.49]], 100.0),
+        ([[0, 1, 0.29, *BOX]], 0.0),  # below the threshold: only the reference detects
+        ([[0, 2, 0.9, *BOX]], 0.0),
+        ([[1, 1, 0.9, *BOX]], 0.0),
+        ([[0, 1, 0.9, 0.1, 0.1, 0.5, 0.29]], 0.0),  # intersection over union 0.475
+        ([[0, 1, 0.9, *BOX], [0, 1, 0.8, *BOX]], 200.0 / 3),  # one counterpart serves once
+        ([], 0.0),
+    ],
+)
+def test_what_counts_as_a_counterpart(candidate: list[list[float]], expected: float) -> None:
+    found = compare(detections([[0, 1, 0.5, *BOX]]), detections(candidate))
+    assert found == {"detection_agreement": pytest.approx(expected)}
+
+
+def test_detections_of_two_images_in_one_list() -> None:
+    reference = detections([[0, 1, 0.9, *BOX], [1, 1, 0.8, *BOX]])
+    assert compare(reference, detections([[1, 1, 0.9, *BOX], [0, 1, 0.8, *BOX]])) == {
+        "detection_agreement": 100.0
+    }
+    assert compare(reference, detections([[1, 1, 0.9, *BOX]])) == {
+        "detection_agreement": pytest.approx(200.0 / 3)
+    }
+
+
+def test_models_that_detect_nothing_agree() -> None:
+    assert compare(detections([]), detections([])) == {"detection_agreement": 100.0}
+
+
+def test_the_better_overlap_wins() -> None:
+    first, second = [0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.56]
+    reference = detections([[0, 0, 0.9, *first], [0, 0, 0.8, *second]])
+    assert compare(reference, detections([[0, 0, 0.9, *second], [0, 0, 0.8, *first]])) == {
+        "detection_agreement": 100.0
+    }
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (detections([[0, 1, 0.5, *BOX]]), True),
+        (detections([[0, 1, 0.5, *BOX]], [], length=2).astype(np.float16), True),
+        (detections([[0, 1, 0.5, *BOX]], length=1), False),  # might be the scores of 7 classes
+        (detections([[0, 1, 0.5, *BOX]])[0], False),
+        (detections([[0, 1, 0.5, *BOX]]).astype(np.int64), False),
+        (detections([[0, 1, 5.0, *BOX]]), False),
+        (detections([[0, 0.5, 0.5, *BOX]]), False),
+        (detections([[0.5, 1, 0.5, *BOX]]), False),
+        (detections([[0, 1, math.nan, *BOX]]), False),
+        (np.random.default_rng(0).normal(size=(1, 1, 5, 7)), False),
+        (np.random.default_rng(0).normal(size=(2, 7)), False),
+    ],
+)
+def test_what_looks_like_detections(output: AnyArray, expected: bool) -> None:
+    assert looks_like_detections(output) is expected
+
+
+def test_detections_that_are_not_finite() -> None:
+    good = detections([[0, 1, 0.5, *BOX]])
+    bad = detections([[0, 1, 0.5, 0.1, math.nan, 0.5, 0.5]])
+    with pytest.raises(PotSparsityError, match="where the reference model's does not"):
+        compare(good, bad)
+    with pytest.raises(ModelError, match="output 'out' of the reference model holds NaN"):
+        compare(bad, good)
+    garbage = good.copy()
+    garbage[0, 0, 2:] = math.nan  # behind the end of the list
+    assert compare(good, garbage) == {"detection_agreement": 100.0}
 
 
 # --- paired interval

@@ -32,6 +32,7 @@ from pot_sparsity.algorithms.pruning.swap import polish
 
 # Growth of rho per iteration while at least this fraction of the kept weights moved.
 _GROWTH = ((0.1, 1.02), (0.005, 1.015), (0.0, 1.01))
+_ITERATIONS = 400
 # The support must stand still for this many iterations.
 _PATIENCE = 3
 # Layers that cost less than this many multiplications per iteration try several starting penalties.
@@ -60,7 +61,7 @@ def admm(
 ) -> PruningResult:
     """Choose the support by ADMM, refit it exactly, keep the best point seen (a :class:`Solver`).
 
-    Reads ``options.rho``, ``options.iterations`` and the options of the polish.
+    Reads ``options.rho``, ``options.effort`` and the options of the polish.
     """
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
@@ -71,7 +72,7 @@ def admm(
     cheap = groups * rows * cols**2 <= _CHEAP
     spectrum = _spectrum(problem)
     found = [
-        _best_mask(problem, spectrum, zeros, pattern, rho, options.iterations)
+        _best_mask(problem, spectrum, zeros, pattern, rho, options.effort)
         for rho in options.rho or (_RHO_CHEAP if cheap else _RHO)
     ]
     if cheap:
@@ -108,7 +109,7 @@ def _spectrum(problem: LayerProblem) -> _Spectrum:
 
 
 def _best_mask(
-    problem: LayerProblem, spectrum: _Spectrum, zeros: int, pattern: Pattern, rho: float, iterations: int
+    problem: LayerProblem, spectrum: _Spectrum, zeros: int, pattern: Pattern, rho: float, effort: float
 ) -> tuple[Bool, Float64]:
     """Iterate from one starting penalty until the support stands still.
 
@@ -122,7 +123,7 @@ def _best_mask(
     sparse, dual = spectrum.start, np.zeros_like(spectrum.start)
     mask: Bool = np.ones(sparse.shape, np.bool_)
     still = 0
-    for _ in range(iterations):
+    for _ in range(int(_ITERATIONS * effort)):
         penalty = np.float32(rho)
         rotated = (spectrum.right - dual + penalty * sparse) @ spectrum.vectors
         rotated /= spectrum.values + penalty
@@ -137,5 +138,5 @@ def _best_mask(
         still = still + 1 if moved == 0.0 else 0
         if still == _PATIENCE:
             break
-        rho *= next(factor for least, factor in _GROWTH if moved >= least)
+        rho *= next(factor for least, factor in _GROWTH if moved >= least) ** (1 / effort)
     return mask, np.where(mask, sparse / problem.scale, 0.0)

@@ -31,8 +31,8 @@ class SolverOptions:
     rho
         ADMM: starting penalties; the best support found among them wins. Empty lets the size of the layer
         choose.
-    iterations
-        ADMM: most iterations per starting penalty (0 < iterations).
+    effort
+        ADMM: how many times slower than usual the penalty grows (1 to 100); costs time, lowers the error.
     polish
         ADMM and ExactOBS: end with the 1-swap polish (unstructured and ``n:m`` only).
     polish_swaps, polish_seconds
@@ -40,7 +40,7 @@ class SolverOptions:
     """
 
     rho: tuple[float, ...] = ()
-    iterations: int = 400
+    effort: float = 1.0
     polish: bool = False
     polish_swaps: int | None = None
     polish_seconds: float | None = None
@@ -48,8 +48,8 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if any(not 0 < rho < np.inf for rho in self.rho):
             raise ValueError(f"rho must hold positive finite numbers, got {self.rho}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+        if not 1 <= self.effort <= 100:
+            raise ValueError(f"effort must be between 1 and 100, got {self.effort}")
         if self.polish_swaps is not None and self.polish_swaps < 0:
             raise ValueError(f"polish_swaps must not be negative, got {self.polish_swaps}")
         if self.polish_seconds is not None and not self.polish_seconds >= 0:

@@ -94,8 +94,7 @@ class _Tableau:
 
     def state(self) -> tuple[Float64, Float64]:
         """``w`` on S (0 elsewhere) and ``g`` on E (0 elsewhere)."""
-        rest = np.flatnonzero(~self.kept)
-        moved = self.table[:, rest] @ self.target[rest]
+        moved = self.table @ np.where(self.kept, 0.0, self.target)
         return np.where(self.kept, self.target + moved, 0.0), np.where(self.kept, 0.0, moved)
 
     def drop_costs(self, weight: Float64) -> Float64:

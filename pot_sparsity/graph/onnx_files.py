@@ -300,7 +300,7 @@ def write_proto(proto: onnx.ModelProto, folder: Path, stem: str, *, external: bo
                 proto = _externalized(proto, names[1], stream)
                 _flush(stream)
         try:
-            data = proto.SerializeToString(deterministic=False)
+            data = proto.SerializeToString()
         except (EncodeError, ValueError) as error:
             raise OutputError(f"{folder / names[0]} does not fit into one ONNX file: {error}") from error
         with files[0].open("xb") as stream:

@@ -278,12 +278,11 @@ class _Translator:
 
     def _attributes(self, name: str, node: NodeProto) -> dict[str, object]:
         entries = [e for e in node.attribute if e.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS)]
-        try:
-            return {entry.name: onnx.helper.get_attribute_value(entry) for entry in entries}
-        except ValueError as error:
+        if any(entry.ref_attr_name or entry.type == AttributeProto.UNDEFINED for entry in entries):
             raise ModelError(
                 f"{self._where} is damaged: an attribute of operator {name!r} has no value; export it again"
-            ) from error
+            )
+        return {entry.name: onnx.helper.get_attribute_value(entry) for entry in entries}
 
     def _canonical(
         self, node: NodeProto, attributes: Mapping[str, object]
@@ -307,8 +306,9 @@ class _Translator:
                 return "Constant", {}
             case "Identity" | "Reshape" | "Squeeze" | "Unsqueeze":
                 return node.op_type, {}
-            case "Cast" if isinstance(to := attributes.get("to"), int) and (dtype := numpy_dtype(to)):
-                return "Convert", {"dtype": dtype}
+            case "Cast":
+                dtype = numpy_dtype(_integer(attributes.get("to")))
+                return None if dtype is None else ("Convert", {"dtype": dtype})
             case "Transpose":
                 return self._transpose(node, attributes)
             case "DequantizeLinear":

@@ -1,4 +1,8 @@
-"""The few structural edits of an OpenVINO model, done in place, and cutting a part out of a copy."""
+"""The few structural edits of an OpenVINO model, done in place, and cutting a part out of a copy.
+
+After edits, :meth:`~pot_sparsity.graph.openvino_nodes.NamedModel.settle` must run before anything else looks
+at the model; it is not done here because it costs as much for one edit as for a hundred.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,6 @@ def append_add(named: NamedModel, node: str, value: AnyArray, constant: str, add
     named.register(bias, constant)
     named.rename(op, 0, named.free_name(f"{tensor}.without_bias"))
     named.register(total, add, [tensor])
-    named.model.validate_nodes_and_infer_types()
 
 
 def bypass(named: NamedModel, node: str, port: int) -> None:
@@ -52,7 +55,7 @@ def bypass(named: NamedModel, node: str, port: int) -> None:
             named.rename(producer, source.get_index(), named.tensor(output))
     for target in list(output.get_target_inputs()):
         target.replace_source_output(source)
-    named.model.validate_nodes_and_infer_types()
+    named.forget(node)
 
 
 def set_operand(named: NamedModel, node: str, port: int, value: AnyArray, constant: str) -> None:
@@ -60,7 +63,6 @@ def set_operand(named: NamedModel, node: str, port: int, value: AnyArray, consta
     new = make_constant(value, constant)
     named.node(node).input(port).replace_source_output(new.output(0))
     named.register(new, constant)
-    named.model.validate_nodes_and_infer_types()
 
 
 def _is_model_output(output: ov.Output) -> bool:

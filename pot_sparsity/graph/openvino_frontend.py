@@ -41,7 +41,7 @@ def build_graph(named: NamedModel) -> Graph:
     tensors: dict[str, TensorInfo] = {}
     values: dict[str, Callable[[], AnyArray]] = {}
     for name, op in named:
-        node = _node(named, name, op)
+        node = describe(named, name, op)
         nodes.append(node)
         for tensor in node.outputs:
             output = named.output(tensor)
@@ -75,16 +75,17 @@ def _value(named: NamedModel, tensor: str) -> AnyArray:
     return read_constant(named.output(tensor).get_node())
 
 
-def _node(named: NamedModel, name: str, op: ov.Node) -> Node:
+def describe(named: NamedModel, name: str, op: ov.Node) -> Node:
+    """One operator as a node of the graph."""
     kind = str(op.get_type_name())
-    canonical, attrs = _describe(op, kind)
+    canonical, attrs = _canonical(op, kind)
     inputs = [named.tensor(value) for value in op.input_values()]
     if canonical == "BatchNormalization":
         inputs = [inputs[source_port(op, port)] for port in range(len(inputs))]
     return Node(name, canonical, tuple(inputs), named.tensors(op), attrs, source_type=kind)
 
 
-def _describe(op: ov.Node, kind: str) -> tuple[str, dict[str, object]]:
+def _canonical(op: ov.Node, kind: str) -> tuple[str, dict[str, object]]:
     """Canonical operator and attributes, or the type's own name (with ``*`` where it would be mistaken)."""
     found: tuple[str, dict[str, object]] | None = None
     if kind in _PLAIN:

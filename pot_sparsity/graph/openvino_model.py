@@ -15,10 +15,11 @@ from pot_sparsity.graph import ir_files, openvino_edits
 from pot_sparsity.graph.graph import Graph, Node, TensorInfo
 from pot_sparsity.graph.model import Edit, EditKind, Format, Model, Runnable
 from pot_sparsity.graph.onnx_edits import cast_stored
-from pot_sparsity.graph.openvino_frontend import build_graph, source_port
+from pot_sparsity.graph.openvino_frontend import build_graph, describe, shape_of, source_port
 from pot_sparsity.graph.openvino_nodes import (
     NamedModel,
     computes_in_half,
+    dtype_of,
     float32_twin,
     is_static,
     read_constant,
@@ -86,6 +87,7 @@ class OpenVINOModel(Model):
         self.notes: list[str] = []
         self._ir = ir
         self._originals: dict[str, ov.Node] = {}
+        self._unsettled = False
         where = str(source) if source is not None else "the model"
         native = NamedModel(model.clone())
         self._graph: Graph | None = build_graph(native)
@@ -104,14 +106,35 @@ class OpenVINOModel(Model):
     @property
     def native(self) -> ov.Model:
         """The model in its present state and its own precision; do not mutate."""
-        return self._views[0].model
+        return self._settled()[0].model
 
     @property
     def graph(self) -> Graph:
         """Current networkx view; a new object after every structural edit."""
         if self._graph is None:
-            self._graph = build_graph(self._views[0])
+            self._graph = build_graph(self._settled()[0])
         return self._graph
+
+    def _settled(self) -> tuple[NamedModel, ...]:
+        """The model and its float32 twin, if it has one, with all edits in effect."""
+        if self._unsettled:
+            for view in self._views:
+                view.settle()
+            self._unsettled = False
+        return self._views
+
+    def _node(self, name: str) -> Node:
+        """One node, without making the whole view anew: edits come by the hundred."""
+        return describe(self._views[0], name, self._views[0].node(name))
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Tensor names of the inputs (the first in order where there are several), else the operators' names."""
+        ports = self._settled()[0].model.inputs
+        return tuple(
+            min(port.get_names(), default=name.rpartition(":")[0])
+            for port, name in zip(ports, self.graph.inputs, strict=True)
+        )
 
     @property
     def batch_size(self) -> int | None:
@@ -127,7 +150,8 @@ class OpenVINOModel(Model):
         other.notes = list(self.notes)
         other._ir = self._ir
         other._originals = dict(self._originals)
-        other._views = tuple(view.clone() for view in self._views)
+        other._views = tuple(view.clone() for view in self._settled())
+        other._unsettled = False
         other._graph = None
         return other
 
@@ -137,26 +161,37 @@ class OpenVINOModel(Model):
         Raises ValueError if the tensor is no constant of numbers, the shape differs, or a value is not finite
         in the stored type.
         """
-        if not self.graph.is_constant(tensor):
+        info = self._constant(tensor)
+        if info is None:
             raise ValueError(f"tensor {tensor!r} is not a constant of the model")
-        stored = cast_stored(value, self.graph.tensor(tensor))
+        stored = cast_stored(value, info)
         self._originals.setdefault(tensor, self._views[0].output(tensor).get_node())
         for view in self._views:
             view.replace_constant(tensor, _as_in(view.output(tensor), stored))
         return stored
+
+    def _constant(self, tensor: str) -> TensorInfo | None:
+        try:
+            output = self._views[0].output(tensor)
+        except KeyError:
+            return None
+        dtype = dtype_of(output.get_element_type())
+        if output.get_node().get_type_name() != "Constant" or dtype is None:
+            return None
+        return TensorInfo(tensor, shape_of(output.get_partial_shape()), dtype)
 
     def add_bias(self, node: str, value: np.ndarray[tuple[int, ...], np.dtype[np.floating]]) -> str:
         """Give an operator a bias by an Add behind it; see :meth:`Model.add_bias`.
 
         The operator keeps its name; the Add takes over the names of its output's tensor.
         """
-        found = self.graph.node(node)
+        found = self._node(node)
         if found.op not in ("Convolution", "ConvolutionTranspose", "MatMul"):
             raise ValueError(f"operator {node!r} ({found.source_type}) cannot have a bias")
         shape = self._bias_shape(found)
         if int(np.prod(shape)) != value.size:
             raise ValueError(f"the bias of {node!r} needs {int(np.prod(shape))} values, not {value.size}")
-        dtype = self.graph.tensor(found.output).dtype or np.dtype(np.float32)
+        dtype = dtype_of(self._views[0].node(node).output(0).get_element_type())
         stored = cast_stored(value.reshape(shape), TensorInfo(f"bias of {node}", shape, dtype))
         constant, add = (self._views[0].free_name(f"{node}.{word}") for word in ("bias", "add_bias"))
         for view in self._views:
@@ -168,7 +203,7 @@ class OpenVINOModel(Model):
     def _bias_shape(self, node: Node) -> tuple[int, ...]:
         """Shape in which a bias broadcasts over the output of a node along its channels."""
         left = node.op == "MatMul" and is_static(self._views[0].output(node.inputs[0]).get_node(), {})
-        operand = self.graph.tensor(node.inputs[0 if left else 1]).shape
+        operand = shape_of(self._views[0].output(node.inputs[0 if left else 1]).get_partial_shape())
         if operand is None or len(operand) < 2 or None in operand:
             raise ValueError(f"a bias needs a weight of known shape, but that of {node.name!r} is {operand}")
         dims = tuple(int(dim) for dim in operand if dim is not None)
@@ -186,7 +221,7 @@ class OpenVINOModel(Model):
 
     def bypass(self, node: str, *, kind: EditKind, detail: str) -> None:
         """Remove a node with one data input and one output; its consumers read its first input instead."""
-        found = self.graph.node(node)
+        found = self._node(node)
         if not found.inputs or len(found.outputs) != 1:
             raise ValueError(f"operator {node!r} ({found.source_type}) cannot be bypassed")
         for view in self._views:
@@ -195,10 +230,10 @@ class OpenVINOModel(Model):
 
     def replace_operand(self, node: str, port: int, value: AnyArray, *, detail: str) -> str:
         """Connect a new constant, of the type read there, to an input port; returns its tensor name."""
-        inputs = self.graph.node(node).inputs
+        inputs = self._node(node).inputs
         if not 0 <= port < len(inputs) or not inputs[port]:
             raise ValueError(f"operator {node!r} has no input {port}")
-        dtype = self.graph.tensor(inputs[port]).dtype
+        dtype = dtype_of(self._views[0].output(inputs[port]).get_element_type())
         stored = cast_stored(value, TensorInfo(f"operand {port} of {node}", value.shape, dtype))
         constant = self._views[0].free_name(f"{inputs[port].rpartition(':')[0]}.folded")
         own_port = source_port(self._views[0].node(node), port)
@@ -211,10 +246,11 @@ class OpenVINOModel(Model):
     def _edited(self, kind: EditKind, node: str, detail: str) -> None:
         self.edits.append(Edit(kind, node, detail))
         self._graph = None
+        self._unsettled = True
 
     def extract(self, outputs: Sequence[str] | None = None, inputs: Sequence[str] | None = None) -> Runnable:
         """The part of the model from ``inputs`` to ``outputs``, in float32; see :meth:`Model.extract`."""
-        part, names_in, names_out = openvino_edits.cut(self._views[-1], outputs, inputs)
+        part, names_in, names_out = openvino_edits.cut(self._settled()[-1], outputs, inputs)
         return Runnable(part, names_in, names_out)
 
     def save(self, folder: Path, stem: str) -> list[Path]:

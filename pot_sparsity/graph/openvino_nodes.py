@@ -124,6 +124,21 @@ class NamedModel:
         self._tensors[node.get_instance_id(), port] = tensor
         self._ports[tensor] = (node, port)
 
+    def forget(self, name: str) -> None:
+        """Drop a node that is about to leave the model, with its tensors."""
+        node = self._nodes.pop(name)
+        for tensor in self.tensors(node):
+            if self._ports.get(tensor, (None,))[0] is node:
+                del self._ports[tensor]
+
+    def settle(self) -> None:
+        """Bring shapes up to date after structural edits and forget what is no longer part of the model."""
+        self.model.validate_nodes_and_infer_types()
+        kept = [(name, node, self.tensors(node)) for name, node in self]
+        self._names, self._tensors, self._nodes, self._ports = {}, {}, {}, {}
+        for name, node, tensors in kept:
+            self.register(node, name, tensors)
+
     def __iter__(self) -> Iterator[tuple[str, ov.Node]]:
         """Names and nodes in the model's own topological order."""
         return ((self._names[op.get_instance_id()], op) for op in self.model.get_ordered_ops())
@@ -193,7 +208,7 @@ def unique_names(wishes: Iterable[str]) -> list[str]:
 
 
 def settle_names(model: ov.Model, again: ov.Model | None = None) -> None:
-    """Rename, in place, nodes whose friendly name is a process-wide counter (``Convert_825``).
+    """Rename, in place, a model and nodes whose friendly names are process-wide counters (``Convert_825``).
 
     Such a name depends on what was read before, and would make the written file depend on it too.
 
@@ -205,6 +220,8 @@ def settle_names(model: ov.Model, again: ov.Model | None = None) -> None:
         The same file read a second time: names that differ are counters. By default only names that OpenVINO
         itself reports as made up count.
     """
+    if again is not None and again.get_friendly_name() != model.get_friendly_name():
+        model.set_friendly_name("model")
     ops = model.get_ordered_ops()
     others = [
         op.get_name() if again is None else op.get_friendly_name()

@@ -29,6 +29,7 @@ class Surroundings:
     prepared: Prepared
     dense: Sequence[DenseLayer]
     moments: Mapping[str, Moments]
+    held_moments: Mapping[str, Moments]
     fit: Dataset
     held_out: Dataset | None
     engine: Engine
@@ -68,6 +69,7 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
         solutions = prune_layers(
             around.dense,
             around.moments,
+            around.held_moments,
             zeros,
             recipe,
             threads=around.threads,

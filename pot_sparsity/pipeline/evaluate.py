@@ -98,12 +98,20 @@ class Evaluator:
             result |= metric.result()
         result |= comparisons[0].result()
         for name, comparison in zip(self._names[1:], comparisons[1:], strict=True):
-            result[f"{name}.sqnr"] = comparison.result()["sqnr"]
+            values = comparison.result()
+            kind = "sqnr" if "sqnr" in values else "detection_agreement"
+            result[f"{name}.{kind}"] = values[kind]
         return Evaluation(result, {metric.name: metric.correct for metric in metrics})
 
 
 def distance(metrics: dict[str, float]) -> tuple[str, float]:
-    """The label-free distance to the dense model that decisions are taken on: logit KL, else output MSE."""
+    """The label-free distance to the dense model that decisions are taken on, and what it is called.
+
+    Logit KL, else the share of detections without a counterpart (values of such outputs cannot be compared),
+    else output MSE.
+    """
+    if "detection_agreement" in metrics:
+        return "detection_disagreement", 1.0 - metrics["detection_agreement"] / 100.0
     name = "logit_kl" if "logit_kl" in metrics else "output_mse"
     return name, metrics[name]
 

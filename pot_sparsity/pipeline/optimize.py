@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +15,12 @@ import nncf
 import onnx
 import openvino as ov
 
+from pot_sparsity.algorithms.arrays import Moments
 from pot_sparsity.algorithms.schedule import cubic_schedule
 from pot_sparsity.data import Augmented, DataSource, Dataset, Preprocess, load_dataset, load_preprocess, split_holdout
 from pot_sparsity.engines import get_engine
 from pot_sparsity.errors import AccuracyGateError, RecipeError, UserError
+from pot_sparsity.graph.layers import Layer
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import METRICS, get_metric
@@ -31,7 +33,7 @@ from pot_sparsity.pipeline.progress import Progress, Silent
 from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.reporting import Outcome, build_report, fingerprint, input_specs, variant
 from pot_sparsity.pipeline.runfolder import RunFolder, write_text, writing
-from pot_sparsity.pipeline.solve import read_dense, solver_options
+from pot_sparsity.pipeline.solve import read_dense, scarce, solver_options
 from pot_sparsity.quantization import convert_to_openvino, lost_zeros, quantize
 from pot_sparsity.recipe import Recipe, load_recipe
 from pot_sparsity.report.io import write_report
@@ -225,8 +227,12 @@ class _Run:
             evaluator = self._evaluator(self.validation, "Validating")
             stack.callback(evaluator.close)
             note.after = evaluator.dense.metrics
+        if self.watched not in evaluator.dense.metrics and "detection_agreement" in evaluator.dense.metrics:
+            self.watched = "detection_agreement"
         if self.recipe.schedule.max_drop is not None and self.watched not in evaluator.dense.metrics:
-            raise RecipeError("max_drop needs labels, or an output of class scores to agree on; this model has neither")
+            raise RecipeError(
+                "max_drop needs labels, or an output of class scores or detections to agree on; this model has neither"
+            )
         with recorder.stage("preparation"):
             prepared = prepare(
                 self.original,
@@ -243,29 +249,26 @@ class _Run:
         mark = {} if self.folder.path is None else self._fingerprint()
         self.folder.check_resumable(mark)
         with recorder.stage("moments"):
-            moments = load_moments(self.folder, prepared.layers)
+            moments = load_moments(self.folder, "moments", prepared.layers)
             if moments is None:
-                moments = collect_moments(
-                    prepared.model,
-                    prepared.layers,
-                    self.engine,
-                    self.fit,
-                    batch_size=self.recipe.calibration.batch_size,
-                    threads=self.options.threads,
-                    max_positions=self.recipe.calibration.max_positions,
-                    progress=self.progress,
-                )
+                moments = self._collect(prepared, prepared.layers, self.fit)
+            few = [item.layer for item in dense if scarce(item, moments[item.layer.name])]
+            held = load_moments(self.folder, "held-out moments", few)
+            if held is None:
+                held = self._collect(prepared, few, self.held_out) if self.held_out and few else {}
         if self.judging is self.validation:
             judge = evaluator
         else:
             judge = self._evaluator(self.judging, "Judging")
             stack.callback(judge.close)
         self.folder.open(mark)
-        store_moments(self.folder, moments)
+        store_moments(self.folder, "moments", moments)
+        store_moments(self.folder, "held-out moments", held)
         around = Surroundings(
             prepared,
             dense,
             moments,
+            held,
             self.fit,
             self.held_out,
             self.engine,
@@ -290,6 +293,18 @@ class _Run:
             options.ignored_scope,
             options.keep_structure,
             options.to_openvino,
+        )
+
+    def _collect(self, prepared: Prepared, layers: Sequence[Layer], dataset: Dataset) -> dict[str, Moments]:
+        return collect_moments(
+            prepared.model,
+            layers,
+            self.engine,
+            dataset,
+            batch_size=self.recipe.calibration.batch_size,
+            threads=self.options.threads,
+            max_positions=self.recipe.calibration.max_positions,
+            progress=self.progress,
         )
 
     def _evaluator(self, dataset: Dataset, what: str) -> Evaluator:

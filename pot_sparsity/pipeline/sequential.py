@@ -20,13 +20,22 @@ from pot_sparsity.algorithms.correction import differential_correction, output_s
 from pot_sparsity.algorithms.moments import CrossMoments, CrossMomentsAccumulator
 from pot_sparsity.algorithms.pruning.problem import LayerProblem
 from pot_sparsity.algorithms.pruning.refit import refit
-from pot_sparsity.algorithms.reconstruction import sparse_target
+from pot_sparsity.algorithms.reconstruction import RIDGE, sparse_target
 from pot_sparsity.data.dataset import Batch, Dataset
 from pot_sparsity.engines.base import Engine, Executable
 from pot_sparsity.graph.model import Model
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.runfolder import RunFolder
-from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, pack, run_solver, solver_options, unpack
+from pot_sparsity.pipeline.solve import (
+    DenseLayer,
+    Solution,
+    apply,
+    pack,
+    run_solver,
+    shrunk,
+    solver_options,
+    unpack,
+)
 from pot_sparsity.pipeline.spool import Spool
 from pot_sparsity.pipeline.stages import Cut, StagePlan, plan_stages
 from pot_sparsity.recipe import Recipe
@@ -246,15 +255,16 @@ def _solve(
     decision = LayerDecision(name, 0.0, 0.0, 0.0)
     damping = start.damping
     if settings.reconstruct and old_bias is not None:
-        target = sparse_target(item.weight, fit, held_out)
+        target = sparse_target(item.weight, fit, held_out, ridge=max(RIDGE, start.shrinkage))
+        second = shrunk(fit.inputs.centred, start.shrinkage)
         decision = LayerDecision(name, target.blend, target.error_before, target.error_after)
         if recipe.reconstruction.masks == "solved":
             zeros = int(np.count_nonzero(start.weight == 0.0))
             result = run_solver(
-                recipe, solver_options(recipe), item.layer, target.weight, fit.inputs.centred, zeros
+                recipe, solver_options(recipe), item.layer, target.weight, second, zeros
             )
         else:
-            problem = LayerProblem.of(target.weight, fit.inputs.centred)
+            problem = LayerProblem.of(target.weight, second)
             result = problem.result(*_refitted(problem, start.mask))
         weight, damping = result.weight, max(damping, result.damping)
         bias = fit.output_mean - np.einsum("grc,gc->gr", weight, fit.inputs.mean)

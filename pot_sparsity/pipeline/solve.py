@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
 from pot_sparsity.algorithms.arrays import Bool, Float64, Moments, Pattern, PruningResult
@@ -17,7 +17,7 @@ from pot_sparsity.algorithms.correction import (
     exact_weight_correction,
     pot_weight_correction,
 )
-from pot_sparsity.algorithms.pruning.problem import SolverOptions
+from pot_sparsity.algorithms.pruning.problem import SolverOptions, layer_error
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.errors import PotSparsityError, RecipeError
 from pot_sparsity.graph.layers import Layer, pattern_stride
@@ -26,6 +26,11 @@ from pot_sparsity.graph.weights import read_bias, read_weight, write_bias, write
 from pot_sparsity.pipeline.progress import Progress, track
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.recipe import Recipe
+
+#: A layer with fewer samples per column than this asks held-out samples how far to trust its moments.
+SCARCE = 32
+#: Multiples of mean(diag H) that it may add to the diagonal, tried in this order while they help.
+SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,17 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class Solution:
-    """New weight and biases of a layer, and how the solver fared."""
+    """New weight and biases of a layer, and how the solver fared.
+
+    ``shrinkage`` is the multiple of mean(diag H) that held-out samples asked to add to the diagonal of H.
+    """
 
     weight: Float64
     biases: tuple[Float64 | None, ...]
     relative_error: float
     damping: float
     seconds: float = 0.0
+    shrinkage: float = 0.0
 
     @property
     def mask(self) -> Bool:
@@ -105,6 +114,7 @@ def run_solver(
 def prune_layers(
     dense: Sequence[DenseLayer],
     moments: Mapping[str, Moments],
+    held_out: Mapping[str, Moments],
     zeros: Mapping[str, int],
     recipe: Recipe,
     *,
@@ -115,6 +125,8 @@ def prune_layers(
 ) -> dict[str, Solution]:
     """Prune all layers; finished ones are kept in the run folder under ``key``.
 
+    Layers that ``held_out`` has moments for choose their shrinkage on them (see :func:`scarce`).
+
     Layers run in parallel with one BLAS thread each: results do not depend on ``threads``.
     """
     options = solver_options(recipe)
@@ -123,27 +135,78 @@ def prune_layers(
         name = item.layer.name
         stored = folder.load(f"{key}/{name}")
         if stored is None:
-            solution = _prune(item, moments[name], zeros[name], recipe, options)
+            solution = _prune(item, moments[name], held_out.get(name), zeros[name], recipe, options)
             folder.store(f"{key}/{name}", pack(solution))
         else:
             solution = unpack(stored, len(item.biases))
         return name, solution
 
     order = sorted(dense, key=lambda item: -item.layer.size * item.layer.cols**2)
-    with threadpool_limits(1):
-        results = Parallel(n_jobs=threads, backend="threading", return_as="generator_unordered")(
-            delayed(one)(item) for item in order
-        )
-        return dict(track(results, progress, "Pruning layers", len(order)))
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(one, item) for item in order]
+        try:
+            results = (future.result() for future in as_completed(futures))
+            found = dict(track(results, progress, "Pruning layers", len(order)))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {item.layer.name: found[item.layer.name] for item in dense}
+
+
+def scarce(item: DenseLayer, moments: Moments) -> bool:
+    """Whether a layer has so few samples for its columns that a fit to all their detail would not carry over."""
+    return moments.count < SCARCE * item.layer.cols
+
+
+def shrunk(second: Float64, shrinkage: float) -> Float64:
+    """``H + shrinkage * mean(diag H) * I``, per group."""
+    if shrinkage == 0.0:
+        return second
+    level = shrinkage * np.einsum("gcc->g", second) / second.shape[-1]
+    return np.asarray(second + level[:, None, None] * np.eye(second.shape[-1]))
+
+
+def _solve_layer(
+    item: DenseLayer,
+    second: Float64,
+    judge: Float64 | None,
+    zeros: int,
+    recipe: Recipe,
+    options: SolverOptions,
+) -> tuple[PruningResult, float]:
+    """Run the solver, with the shrinkage that serves the held-out samples best where there are any to ask."""
+    result = run_solver(recipe, options, item.layer, item.weight, second, zeros)
+    if judge is None or not 0 < zeros < item.layer.size:
+        return result, 0.0
+    best, chosen = layer_error(result.weight, item.weight, judge), 0.0
+    for shrinkage in SHRINKAGES:
+        other = run_solver(recipe, options, item.layer, item.weight, shrunk(second, shrinkage), zeros)
+        error = layer_error(other.weight, item.weight, judge)
+        if error >= best:
+            break
+        best, chosen, result = error, shrinkage, other
+    if chosen:
+        error = layer_error(result.weight, item.weight, second)
+        energy = layer_error(np.zeros_like(item.weight), item.weight, second)
+        result = replace(result, error=error, relative_error=error / energy if energy > 0 else 0.0)
+    return result, chosen
 
 
 def _prune(
-    item: DenseLayer, moments: Moments, zeros: int, recipe: Recipe, options: SolverOptions
+    item: DenseLayer,
+    moments: Moments,
+    held_out: Moments | None,
+    zeros: int,
+    recipe: Recipe,
+    options: SolverOptions,
 ) -> Solution:
     start = time.perf_counter()
     centred = recipe.correction.bias and item.free_bias
-    second = moments.centred if centred else moments.second
-    result = run_solver(recipe, options, item.layer, item.weight, second, zeros)
+    second, judge = (
+        None if part is None else part.centred if centred else part.second for part in (moments, held_out)
+    )
+    assert second is not None
+    result, shrinkage = _solve_layer(item, second, judge, zeros, recipe, options)
     weight = result.weight
     if recipe.correction.weights == "published":
         weight = pot_weight_correction(weight, item.weight)
@@ -156,7 +219,8 @@ def _prune(
         else bias
         for bias in item.biases
     )
-    return Solution(weight, biases, result.relative_error, result.damping, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Solution(weight, biases, result.relative_error, result.damping, seconds, shrinkage)
 
 
 def apply(model: Model, layer: Layer, solution: Solution) -> None:
@@ -171,7 +235,9 @@ def pack(solution: Solution) -> dict[str, np.ndarray]:
     """A solution as arrays, for the run folder."""
     arrays: dict[str, np.ndarray] = {
         "weight": solution.weight,
-        "scalars": np.array([solution.relative_error, solution.damping, solution.seconds]),
+        "scalars": np.array(
+            [solution.relative_error, solution.damping, solution.seconds, solution.shrinkage]
+        ),
     }
     for index, bias in enumerate(solution.biases):
         if bias is not None:
@@ -181,6 +247,6 @@ def pack(solution: Solution) -> dict[str, np.ndarray]:
 
 def unpack(arrays: Mapping[str, Any], places: int) -> Solution:
     """Inverse of :func:`pack`."""
-    relative_error, damping, seconds = (float(value) for value in arrays["scalars"])
+    relative_error, damping, seconds, shrinkage = (float(value) for value in arrays["scalars"])
     biases = tuple(arrays.get(f"bias{index}") for index in range(places))
-    return Solution(arrays["weight"], biases, relative_error, damping, seconds)
+    return Solution(arrays["weight"], biases, relative_error, damping, seconds, shrinkage)

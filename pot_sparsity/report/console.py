@@ -76,9 +76,13 @@ class ConsoleProgress:
 
 @contextmanager
 def logging_to(console: Console, level: int) -> Iterator[None]:
-    """Show the package's log messages of at least ``level`` on ``console`` while the context lasts."""
+    """Show the package's log messages of at least ``level`` on ``console`` while the context lasts.
+
+    Tracebacks are for the log file: whoever handles the exception decides whether to show it.
+    """
     logger = logging.getLogger("pot_sparsity")
     handler = RichHandler(console=console, level=level, show_time=False, show_path=False, markup=False)
+    handler.addFilter(lambda record: record.exc_info is None)
     before = logger.level
     logger.addHandler(handler)
     if logger.getEffectiveLevel() > level:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -276,7 +277,9 @@ def test_unexpected_error_leaves_its_traceback_in_the_log(
     log = tmp_path / "run.log"
     line = f"error: internal error: ZeroDivisionError: oh; the traceback is in {log}\n"
     assert capsys.readouterr() == ("", line)
-    assert "Traceback" in log.read_text()
+    assert log.read_text().count("Traceback") == 1
+    assert main(arguments(output=str(tmp_path))) == 1
+    assert log.read_text().count("Traceback") == 1
 
 
 def test_unexpected_error_before_there_is_a_folder(
@@ -314,6 +317,29 @@ def test_progress_goes_to_stderr_unless_quiet(monkeypatch: pytest.MonkeyPatch, c
     assert first.err.startswith("collecting: 0.0")
     assert main(arguments("--quiet")) == 0
     assert capsys.readouterr() == (first.out, "")
+
+
+def test_messages_go_to_stderr_and_tracebacks_do_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    logger = logging.getLogger("pot_sparsity.somewhere")
+
+    def act(**named: Any) -> object:
+        logger.info("a detail")
+        logger.warning("mind [this]")
+        try:
+            raise ValueError("inside")
+        except ValueError:
+            logger.exception("the run failed")
+        return result(**named)
+
+    monkeypatch.setattr("pot_sparsity.pipeline.optimize", Calls(act))
+    assert main(arguments()) == 0
+    assert capsys.readouterr().err.split() == ["WARNING", "mind", "[this]"]
+    assert main(arguments("--quiet")) == 0
+    assert capsys.readouterr().err == ""
+    assert main(arguments("--verbose")) == 0
+    assert capsys.readouterr().err.split() == ["INFO", "a", "detail", "WARNING", "mind", "[this]"]
 
 
 def test_validate(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -229,6 +229,27 @@ def test_bypass_of_an_inner_node(x: Any) -> None:
         model.extract(["relu:0"])
 
 
+def test_edits_in_a_row(x: Any) -> None:
+    original = small_model()
+    model, steps = OpenVINOModel(original), OpenVINOModel(original)
+    for each in (model, steps):
+        each.add_bias("conv", np.arange(4.0))
+        _ = each.graph if each is steps else None
+        each.replace_operand("norm", 3, np.full(4, 0.5), detail="")
+        _ = each.graph if each is steps else None
+        each.bypass("relu", kind="fold_constant", detail="")
+        with pytest.raises(KeyError):
+            each.bypass("relu", kind="fold_constant", detail="")
+        _ = each.graph if each is steps else None
+        each.set_constant("conv.bias:0", np.ones((1, 4, 1, 1)))
+        each.add_bias("product", np.arange(5.0))
+    assert list(model.graph) == list(steps.graph)
+    for ours, theirs in zip(run(model.extract(), x), run(steps.extract(), x), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="is not a constant"):
+        model.set_constant("mean:0", np.zeros(4))
+
+
 def test_bypass_of_a_node_that_is_an_output(x: Any) -> None:
     model = OpenVINOModel(small_model())
     conv = run(model.extract(["conv:0"]), x)[0]

@@ -191,12 +191,21 @@ def test_polish_lowers_the_error_and_respects_its_budget() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="rho must hold positive"):
         SolverOptions(rho=(0.0,))
-    with pytest.raises(ValueError, match="iterations must be at least 1"):
-        SolverOptions(iterations=0)
+    with pytest.raises(ValueError, match=r"effort must be between 1 and 100, got 0\.5"):
+        SolverOptions(effort=0.5)
     with pytest.raises(ValueError, match="polish_swaps must not be negative"):
         SolverOptions(polish_swaps=-1)
     with pytest.raises(ValueError, match="polish_seconds must not be negative"):
         SolverOptions(polish_seconds=float("nan"))
+
+
+def test_effort_and_rho_reach_the_solver() -> None:
+    target, second = make_layer(8, 1, 40, 90)
+    errors = [
+        SOLVERS["admm"](target, second, 2700, options=SolverOptions(rho=(1.0,), effort=effort)).error
+        for effort in (1.0, 8.0)
+    ]
+    assert errors[1] < errors[0]
 
 
 def test_registry_names_what_there_is() -> None:

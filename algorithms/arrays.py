@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Float64: TypeAlias = NDArray[np.float64]
 Float32: TypeAlias = NDArray[np.float32]
 Bool: TypeAlias = NDArray[np.bool_]
-AnyArray: TypeAlias = NDArray[np.generic]
+AnyArray: TypeAlias = NDArray[Any]
 #: Variance relative to the second moment below which an input does not vary but for rounding.
 CONSTANT = 1e-7
 PadMode: TypeAlias = Literal["explicit", "same_upper", "same_lower", "valid"]

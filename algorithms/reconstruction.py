@@ -100,4 +100,6 @@ def _ridge(second: Float64, cross: Float64, dense: Float64, level: float) -> Flo
             level *= 10.0
             continue
         return np.asarray(cho_solve(factor, (cross + level * dense).T, check_finite=False).T)
-    raise np.linalg.LinAlgError("covariance of the layer's input is too indefinite: no ridge makes it solvable")
+    raise np.linalg.LinAlgError(
+        "covariance of the layer's input is too indefinite: no ridge makes it solvable"
+    )

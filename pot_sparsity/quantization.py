@@ -19,6 +19,8 @@ import onnx
 import openvino as ov
 from nncf.common.logging import nncf_logger
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+from nncf.quantization.range_estimator import RangeEstimatorParameters, RangeEstimatorParametersSet
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 # The same entry point as nncf uses; there is no public one.
 from openvino._offline_transformations import apply_moc_transformations
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 #: What OpenVINO appends to the name of an ONNX layer whose bias it makes an operator of its own.
 _SPLIT = "/WithoutBiases"
 _PRESETS = {"mixed": nncf.QuantizationPreset.MIXED, "performance": nncf.QuantizationPreset.PERFORMANCE}
+_RANGES = {"minmax": RangeEstimatorParametersSet.MINMAX, "histogram": RangeEstimatorParametersSet.HISTOGRAM}
 
 
 def quantize(
@@ -59,7 +62,7 @@ def quantize(
     dataset
         Calibration samples; the first ``settings.samples`` are used.
     settings
-        Preset and NNCF's own options.
+        Preset and NNCF's own options; ``auto`` is NNCF's default here.
     ignored_scope
         Operators NNCF leaves in floating point.
 
@@ -76,7 +79,9 @@ def quantize(
             "ONNX Runtime cannot run depthwise layers with a scale per input channel behind ReLU: "
             "activations get one scale per tensor"
         )
-        native = _quantized(folded, dataset, settings, ignored_scope, QuantizationParameters(per_channel=False))
+        native = _quantized(
+            folded, dataset, settings, ignored_scope, QuantizationParameters(per_channel=False)
+        )
     result = load_model(native)
     result.source = model.source
     result.edits = list(folded.edits)
@@ -99,11 +104,16 @@ def _quantized(
                 nncf.Dataset(_Samples(folded, dataset, size, steps)),
                 preset=_PRESETS[settings.preset],
                 subset_size=steps,
-                fast_bias_correction=settings.fast_bias_correction,
+                fast_bias_correction=settings.bias_correction != "full",
                 ignored_scope=ignored_scope,
-                advanced_parameters=AdvancedQuantizationParameters(activations_quantization_params=activations),
+                advanced_parameters=AdvancedQuantizationParameters(
+                    activations_quantization_params=activations,
+                    activations_range_estimator_params=_RANGES.get(
+                        settings.ranges, RangeEstimatorParameters()
+                    ),
+                ),
             )
-        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
+        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError, Fail) as error:
             text = str(error).strip()
             why = text.splitlines()[0] if text else type(error).__name__
             raise ModelError(f"NNCF cannot quantize this model ({why}); run with --no-int8") from error
@@ -116,7 +126,9 @@ def _runs(native: onnx.ModelProto, folded: Model, dataset: Dataset) -> bool:
     for model in (load_model(native), folded):
         try:
             executable = engine.compile(model.extract())
-            executable.run(dict(zip(executable.inputs, (batch.inputs[n] for n in model.input_names), strict=True)))
+            executable.run(
+                dict(zip(executable.inputs, (batch.inputs[n] for n in model.input_names), strict=True))
+            )
         except UserError:
             continue
         return model is not folded
@@ -162,7 +174,8 @@ class _Samples:
         for batch in islice(self._dataset.batches(self._size), self._steps):
             if batch.size == self._size:
                 yield {
-                    (name if self._by_name else index): batch.inputs[name] for index, name in enumerate(self._names)
+                    (name if self._by_name else index): batch.inputs[name]
+                    for index, name in enumerate(self._names)
                 }
 
 

@@ -30,10 +30,14 @@ class _Section(BaseModel):
 class Calibration(_Section):
     """How calibration samples are used."""
 
-    samples: int | None = Field(None, ge=1, description="use at most so many samples (a seeded draw); all by default")
+    samples: int | None = Field(
+        None, ge=1, description="use at most so many samples (a seeded draw); all by default"
+    )
     batch_size: int = Field(64, ge=1, description="samples per inference")
     holdout: float = Field(0.15, ge=0.0, lt=1.0, description="fraction of samples that never enters a fit")
-    augment: tuple[Literal["flip", "crop"], ...] = Field((), description="augmentation of the samples that fit")
+    augment: tuple[Literal["flip", "crop"], ...] = Field(
+        (), description="augmentation of the samples that fit"
+    )
     augment_factor: int = Field(1, ge=1, description="augmented samples per sample")
     max_positions: int | None = Field(
         None, ge=1, description="sample at most so many output positions per sample; exact moments by default"
@@ -61,7 +65,9 @@ class PruningSettings(_Section):
 
     method: str = Field("admm", description="name of the layer solver")
     pattern: str = Field("unstructured", description="unstructured, n:m or block:c")
-    options: dict[str, float | bool | int | str] = Field(default_factory=dict, description="options of the solver")
+    options: dict[str, float | bool | int | str] = Field(
+        default_factory=dict, description="options of the solver"
+    )
 
     @field_validator("method")
     @classmethod
@@ -78,7 +84,8 @@ class ReconstructionSettings(_Section):
     """What the kept weights are fitted to."""
 
     input: Literal["dense", "sparse"] = Field(
-        "sparse", description="fit on the dense model's inputs, or on the sparse model's own against dense outputs"
+        "sparse",
+        description="fit on the dense model's inputs, or on the sparse model's own against dense outputs",
     )
     masks: Literal["kept", "solved"] = Field(
         "kept", description="with sparse inputs: keep the masks of the pruning stage, or solve for them again"
@@ -91,7 +98,9 @@ class CorrectionSettings(_Section):
     weights: Literal["none", "published", "exact"] = Field(
         "none", description="per-channel mean and variance of the weights (POT), as published or exact"
     )
-    bias: bool = Field(True, description="one-shot activation-bias correction (exact: the bias is fitted too)")
+    bias: bool = Field(
+        True, description="one-shot activation-bias correction (exact: the bias is fitted too)"
+    )
     differential: When = Field(
         "helps", description="per-channel mean and deviation of each layer's output, measured in sequence"
     )
@@ -107,7 +116,9 @@ class ScheduleSettings(_Section):
     )
     initial: float = Field(0.1, ge=0.0, le=1.0, description="s_i of the cubic schedule")
     iterations: int = Field(10, ge=1, description="T of the cubic schedule")
-    max_drop: float | None = Field(None, ge=0.0, description="largest allowed drop of the metric, in its points")
+    max_drop: float | None = Field(
+        None, ge=0.0, description="largest allowed drop of the metric, in its points"
+    )
 
 
 class QuantizationSettings(_Section):
@@ -118,13 +129,21 @@ class QuantizationSettings(_Section):
         "mixed", description="mixed: asymmetric activations; performance: symmetric"
     )
     samples: int = Field(300, ge=1, description="calibration samples NNCF sees (its subset_size)")
-    fast_bias_correction: bool = Field(True, description="NNCF's fast instead of its full bias correction")
+    ranges: Literal["auto", "default", "minmax", "histogram"] = Field(
+        "auto",
+        description="NNCF's estimator of activation ranges; auto: the best of them by the network's output",
+    )
+    bias_correction: Literal["auto", "fast", "full"] = Field(
+        "auto", description="NNCF's fast or full bias correction; auto: the better by the network's output"
+    )
 
 
 class Recipe(_Section):
     """All settings of a run."""
 
-    sparsity: float = Field(0.5, ge=0.0, le=1.0, description="fraction of zeros over all layers that take part")
+    sparsity: float = Field(
+        0.5, ge=0.0, le=1.0, description="fraction of zeros over all layers that take part"
+    )
     seed: int = Field(0, ge=0, description="seed of every draw")
     calibration: Calibration = Calibration()
     allocation: AllocationSettings = AllocationSettings()
@@ -154,7 +173,9 @@ def shipped_recipes() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_recipe(source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
+) -> Recipe:
     """Read a recipe and apply ``key.path=value`` overrides (values in YAML).
 
     Parameters
@@ -254,7 +275,9 @@ def _unknown_key(path: str) -> str:
     sections = sorted({key.rsplit(".", 1)[0] for key in known if "." in key})
     parent = path.rpartition(".")[0]
     here = [key for key in [*known, *sections] if key.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(path, here, 1, 0.5) or difflib.get_close_matches(path, [*known, *sections], 1, 0.5)
+    near = difflib.get_close_matches(path, here, 1, 0.5) or difflib.get_close_matches(
+        path, [*known, *sections], 1, 0.5
+    )
     if not near:
         leaf = path.rpartition(".")[2]
         near = [key for key in known if key.rpartition(".")[2] == leaf][:1]

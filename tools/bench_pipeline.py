@@ -2,8 +2,8 @@
 
 Without --memory: seconds and peak memory by stage (as the report has them; a peak is the highest resident
 memory up to the end of that stage), the total, and its ratio to NNCF's quantization alone of the same model
-with the same settings and samples, measured afterwards in the same process. What lies between stages is the
-judging on held-out samples. Without MODEL the network and data that ship with the package are used.
+with the same preset and samples, once, measured afterwards in the same process. What lies between stages is
+the judging on held-out samples. Without MODEL the network and data that ship with the package are used.
 
 With --memory 256,2048: the calibration set is cut or repeated to each of these lengths and every run has a
 process of its own, so that its peak is its own; at most 64 validation samples are used.

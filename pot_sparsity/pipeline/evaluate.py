@@ -83,8 +83,8 @@ class Evaluator:
         batches = self.dataset.batches(self._batch)
         total = -(-self.size // self._batch)
         for position, batch in enumerate(track(batches, self._progress, self._what, total)):
-            values = executable.run(feeds(model, executable, batch))
-            found = [values[name] for name in outputs]
+            arrays = executable.run(feeds(model, executable, batch))
+            found = [arrays[name] for name in outputs]
             if keep:
                 self._reference.append({str(i): value for i, value in enumerate(found)})
             reference = self._reference.read(position)

@@ -7,17 +7,26 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import nncf
+import numpy as np
 import onnx
 import openvino as ov
 
 from pot_sparsity.algorithms.arrays import Moments
 from pot_sparsity.algorithms.schedule import cubic_schedule
-from pot_sparsity.data import Augmented, DataSource, Dataset, Preprocess, load_dataset, load_preprocess, split_holdout
+from pot_sparsity.data import (
+    Augmented,
+    Dataset,
+    DataSource,
+    Preprocess,
+    load_dataset,
+    load_preprocess,
+    split_holdout,
+)
 from pot_sparsity.engines import get_engine
 from pot_sparsity.errors import AccuracyGateError, RecipeError, UserError
 from pot_sparsity.graph.layers import Layer
@@ -27,6 +36,7 @@ from pot_sparsity.metrics import METRICS, get_metric
 from pot_sparsity.pipeline.collect import collect_moments
 from pot_sparsity.pipeline.compress import Compressed, Surroundings, allocate, compress
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator, measure_latency
+from pot_sparsity.pipeline.int8 import quantize_best
 from pot_sparsity.pipeline.moments_state import load_moments, store_moments
 from pot_sparsity.pipeline.prepare import Prepared, prepare
 from pot_sparsity.pipeline.progress import Progress, Silent
@@ -34,10 +44,13 @@ from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.reporting import Outcome, build_report, fingerprint, input_specs, variant
 from pot_sparsity.pipeline.runfolder import RunFolder, write_text, writing
 from pot_sparsity.pipeline.solve import read_dense, scarce, solver_options
-from pot_sparsity.quantization import convert_to_openvino, lost_zeros, quantize
+from pot_sparsity.quantization import convert_to_openvino, lost_zeros
 from pot_sparsity.recipe import Recipe, load_recipe
 from pot_sparsity.report.io import write_report
 from pot_sparsity.report.schema import Decision, Iteration, Report
+
+#: Calibration samples that choose between quantizer settings.
+_INT8_JUDGES = 512
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +179,9 @@ def optimize(
     folder = RunFolder(None if output is None else Path(output), resume=resume, force=force)
     original = load_model(model)
     if engine == "onnxruntime" and (options.to_openvino or original.format == "openvino"):
-        raise UserError("--engine onnxruntime runs ONNX models only: use --engine openvino to read or write IR")
+        raise UserError(
+            "--engine onnxruntime runs ONNX models only: use --engine openvino to read or write IR"
+        )
     images = load_preprocess(preprocess)
     inputs = input_specs(original)
     samples = load_dataset(
@@ -219,9 +234,13 @@ class _Run:
             )
         self.judging = self.held_out or samples
         self.validation = validation or self.judging
+        self._judge_of_int8: Evaluator | None = None
+        self._stack = ExitStack()
         self.watched = options.metric if self.validation.has_labels else "agreement"
 
     def execute(self, stack: ExitStack) -> Result:
+        """All stages, in order; ``stack`` frees what they keep."""
+        self._stack = stack
         recorder = self.recorder
         with recorder.stage("dense evaluation") as note:
             evaluator = self._evaluator(self.validation, "Validating")
@@ -245,7 +264,9 @@ class _Run:
             for text in prepared.warnings:
                 recorder.warn(text)
             dense = read_dense(prepared.model, prepared.layers)
-            allocate(dense, self.recipe, self._sparsities()[-1])  # what it refuses is said before anything is written
+            allocate(
+                dense, self.recipe, self._sparsities()[-1]
+            )  # what it refuses is said before anything is written
         mark = {} if self.folder.path is None else self._fingerprint()
         self.folder.check_resumable(mark)
         with recorder.stage("moments"):
@@ -402,7 +423,8 @@ class _Run:
         self.folder.finish_state()
         raise AccuracyGateError(
             f"no iteration keeps {self.watched} within {self.recipe.schedule.max_drop} points of the dense model "
-            f"(closest: {min(drops):.2f}); allow a larger --max-drop or start from a lower sparsity; no model was written"
+            f"(closest: {min(drops):.2f}); allow a larger --max-drop or start from a lower sparsity; "
+            "no model was written"
         )
 
     def _quantized(self, sparse: Model, evaluator: Evaluator, found: Evaluation) -> tuple[Model, Evaluation]:
@@ -410,19 +432,35 @@ class _Run:
         if not self.recipe.quantization.enabled:
             return source, found
         with self.recorder.stage("quantization") as note:
-            self.progress.start("Quantizing", None)
-            try:
-                final = quantize(
-                    source, self.samples, self.recipe.quantization, ignored_scope=self.options.ignored_scope
-                )
-            finally:
-                self.progress.finish()
+            final = self._int8(source, "sparse INT8")
             lost = lost_zeros(source, final)
             if lost:
                 raise AssertionError(f"quantization changed zeros: {lost}")
             result = evaluator(final, exact=False)
             note.before, note.after = found.metrics, result.metrics
         return final, result
+
+    def _int8_judge(self) -> Evaluator:
+        """Calibration samples judge quantizers: ranges have too few degrees of freedom to overfit them."""
+        if self._judge_of_int8 is None:
+            some = np.linspace(0, len(self.samples) - 1, min(len(self.samples), _INT8_JUDGES)).astype(
+                np.int64
+            )
+            self._judge_of_int8 = self._evaluator(self.samples.subset(some), "Judging quantizers")
+            self._stack.callback(self._judge_of_int8.close)
+        return self._judge_of_int8
+
+    def _int8(self, model: Model, what: str) -> Model:
+        return quantize_best(
+            model,
+            self.samples,
+            self.recipe.quantization,
+            self._int8_judge(),
+            ignored_scope=self.options.ignored_scope,
+            what=what,
+            recorder=self.recorder,
+            progress=self.progress,
+        )
 
     def _deliver(
         self,
@@ -440,9 +478,7 @@ class _Run:
         models: list[tuple[str, Model, Evaluation]] = [("dense", self.original, evaluator.dense)]
         if int8 and self.options.baseline_int8:
             with self.recorder.stage("dense INT8 baseline"):
-                baseline = quantize(
-                    prepared.model, self.samples, self.recipe.quantization, ignored_scope=self.options.ignored_scope
-                )
+                baseline = self._int8(prepared.model, "dense INT8")
                 models.append(("dense_int8", baseline, evaluator(baseline, exact=False)))
         models.append(("sparse", sparse, found))
         if int8:

@@ -145,7 +145,9 @@ def _divide(
     known = {node.name for node in graph}
     missing = sorted(name for name in names if name not in known)
     if missing and (scope is None or scope.validate or any(m in settings.ignored_names for m in missing)):
-        raise RecipeError(f"ignored layer {missing[0]!r} is not in the model; `pot-sparsity inspect` lists the names")
+        raise RecipeError(
+            f"ignored layer {missing[0]!r} is not in the model; `pot-sparsity inspect` lists the names"
+        )
     try:
         expressions = [re.compile(pattern) for pattern in patterns]
     except re.error as error:

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 
-from pot_sparsity.data import Dataset
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.graph import TensorInfo
 from pot_sparsity.graph.layers import Layer, flops
@@ -62,7 +61,8 @@ class Outcome:
 def input_specs(model: Model) -> tuple[TensorInfo, ...]:
     """The model's inputs under the names users know."""
     return tuple(
-        TensorInfo(name, info.shape, info.dtype) for name, info in zip(model.input_names, model.inputs, strict=True)
+        TensorInfo(name, info.shape, info.dtype)
+        for name, info in zip(model.input_names, model.inputs, strict=True)
     )
 
 
@@ -232,7 +232,9 @@ def build_report(
             labels=labels,
             metric=outcome.metric,
         ),
-        sparsity_asked=recipe.sparsity if outcome.chosen is None else outcome.iterations[outcome.chosen].sparsity,
+        sparsity_asked=recipe.sparsity
+        if outcome.chosen is None
+        else outcome.iterations[outcome.chosen].sparsity,
         sparsity_reached=zeros / weights,
         zeros=zeros,
         weights=weights,
@@ -255,8 +257,8 @@ def build_report(
 def _files(folder: Path | None, final: Sequence[Path]) -> list[FileSpec]:
     if folder is None:
         return []
-    roles = {path: "final model" for path in final}
-    roles |= {path: "sparse model in floating point" for path in sorted((folder / "float").glob("model*"))}
+    roles = dict.fromkeys(final, "final model")
+    roles |= dict.fromkeys(sorted((folder / "float").glob("model*")), "sparse model in floating point")
     return [
         FileSpec(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, role=role)
         for path, role in roles.items()
@@ -264,7 +266,7 @@ def _files(folder: Path | None, final: Sequence[Path]) -> list[FileSpec]:
 
 
 def machine() -> Machine:
-    """This machine, as far as the standard library knows it."""
+    """Processor, cores and memory of the machine, as far as the standard library knows it."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -66,7 +66,9 @@ class RunFolder:
             try:
                 self._check(path)
             except OSError as error:
-                raise OutputError(f"output folder {str(path)!r} cannot be used: {error.strerror}; give another with -o") from None
+                raise OutputError(
+                    f"output folder {str(path)!r} cannot be used: {error.strerror}; give another with -o"
+                ) from None
 
     def _check(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
@@ -80,11 +82,13 @@ class RunFolder:
                     "or another folder"
                 )
             if entries and not run:
-                raise OutputError(f"output folder {str(path)!r} is not empty and holds no run; give another folder")
+                raise OutputError(
+                    f"output folder {str(path)!r} is not empty and holds no run; give another folder"
+                )
             if run and self._resume and not self._marker(path).is_file():
                 raise OutputError(
-                    f"output folder {str(path)!r} holds a run that is finished: there is nothing to resume; use --force "
-                    "to replace it, or give another folder"
+                    f"output folder {str(path)!r} holds a run that is finished: there is nothing to resume; "
+                    "use --force to replace it, or give another folder"
                 )
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -238,11 +242,15 @@ def writing(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk is full: cannot write to {str(where)!r}; free some space and use --resume") from error
+            raise OutputError(
+                f"the disk is full: cannot write to {str(where)!r}; free some space and use --resume"
+            ) from error
         raise OutputError(f"cannot write to {str(where)!r}: {error.strerror or error}") from error
     except SafetensorError as error:
         if "No space left" in str(error):
-            raise OutputError(f"the disk is full: cannot write to {str(where)!r}; free some space and use --resume") from error
+            raise OutputError(
+                f"the disk is full: cannot write to {str(where)!r}; free some space and use --resume"
+            ) from error
         raise OutputError(f"cannot write to {str(where)!r}: {error}") from error
 
 

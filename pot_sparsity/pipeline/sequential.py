@@ -79,13 +79,19 @@ class _Side:
         self._engine = engine
         self.spool = Spool()
 
+    def close(self) -> None:
+        """Free what is kept."""
+        self.spool.close()
+
     def prepare(self, cut: Cut) -> Executable | None:
         """Compile a partial run; None if it computes nothing."""
         if not cut.outputs:
             return None
         return self._engine.compile(self.model.extract(outputs=cut.outputs, inputs=cut.inputs))
 
-    def step(self, cut: Cut, executable: Executable | None, position: int, upcoming: Spool) -> dict[str, AnyArray]:
+    def step(
+        self, cut: Cut, executable: Executable | None, position: int, upcoming: Spool
+    ) -> dict[str, AnyArray]:
         """Advance one batch over a cut; returns all tensors alive behind it."""
         before = self.spool.read(position)
         alive: dict[str, AnyArray] = {name: before[name] for name in cut.carried}
@@ -141,17 +147,23 @@ def walk(
         stack.callback(progress.finish)
         sides = (_Side(sparse_model, engine), _Side(dense_model, engine))
         for side in sides:
-            stack.callback(lambda s=side: s.spool.close())
+            stack.callback(side.close)
         roles = _fill(sides, fit, held_out, size)
         for plan in plans:
             gathered = _advance(plan, sides, roles, threads)
-            for layer, place in plan.layers:
+            for layer, _ in plan.layers:
                 name = layer.name
                 stored = folder.load(f"{key}/{name}")
                 if stored is None:
                     fit_moments, held_moments = gathered[name]
                     solution, decision = _solve(
-                        by_name[name], solutions[name], moments[name], fit_moments, held_moments, recipe, settings
+                        by_name[name],
+                        solutions[name],
+                        moments[name],
+                        fit_moments,
+                        held_moments,
+                        recipe,
+                        settings,
                     )
                     folder.store(f"{key}/{name}", pack(solution) | {"decision": _pack_decision(decision)})
                 else:
@@ -223,13 +235,21 @@ def _advance(
         side.spool.close()
         side.spool = spool
     seen = {(role, position % LANES) for position, role in enumerate(roles)}
-    return {layer.name: (_merged(sums, layer.name, True, seen), _held(sums, layer.name, seen)) for layer, _ in plan.layers}
+    return {
+        layer.name: (_merged(sums, layer.name, True, seen), _held(sums, layer.name, seen))
+        for layer, _ in plan.layers
+    }
 
 
 def _merged(
-    sums: Mapping[tuple[str, bool, int], CrossMomentsAccumulator], name: str, role: bool, seen: set[tuple[bool, int]]
+    sums: Mapping[tuple[str, bool, int], CrossMomentsAccumulator],
+    name: str,
+    role: bool,
+    seen: set[tuple[bool, int]],
 ) -> CrossMoments:
-    return CrossMoments.merge([sums[name, role, lane].result() for lane in range(LANES) if (role, lane) in seen])
+    return CrossMoments.merge(
+        [sums[name, role, lane].result() for lane in range(LANES) if (role, lane) in seen]
+    )
 
 
 def _held(
@@ -260,9 +280,7 @@ def _solve(
         decision = LayerDecision(name, target.blend, target.error_before, target.error_after)
         if recipe.reconstruction.masks == "solved":
             zeros = int(np.count_nonzero(start.weight == 0.0))
-            result = run_solver(
-                recipe, solver_options(recipe), item.layer, target.weight, second, zeros
-            )
+            result = run_solver(recipe, solver_options(recipe), item.layer, target.weight, second, zeros)
         else:
             problem = LayerProblem.of(target.weight, second)
             result = problem.result(*_refitted(problem, start.mask))
@@ -271,7 +289,11 @@ def _solve(
     if settings.differential and bias is not None and old_bias is not None:
         weight, bias = _differential(item.weight, old_bias, weight, bias, dense_moments, fit.inputs, recipe)
     solution = replace(
-        start, weight=weight, biases=(bias,), damping=damping, seconds=start.seconds + time.perf_counter() - begin
+        start,
+        weight=weight,
+        biases=(bias,),
+        damping=damping,
+        seconds=start.seconds + time.perf_counter() - begin,
     )
     return solution, decision
 

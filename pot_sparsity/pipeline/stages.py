@@ -50,7 +50,11 @@ class _Front:
         before = set(self.alive)
         ran: list[Node] = []
         for node in self.graph:
-            if node.name in self.executed or node.name in blocked or node.op in ("Constant", "Parameter", "Result"):
+            if (
+                node.name in self.executed
+                or node.name in blocked
+                or node.op in ("Constant", "Parameter", "Result")
+            ):
                 continue
             dynamic = [t for t in node.inputs if t in self._dynamic]
             if dynamic and all(t in self.computed for t in dynamic):

@@ -44,7 +44,12 @@ def validate(
     candidate = load_model(model)
     dense = candidate if reference is None else load_model(reference)
     dataset = load_dataset(
-        validation, input_specs(candidate), load_preprocess(preprocess), labels=labels, split=split, samples=samples
+        validation,
+        input_specs(candidate),
+        load_preprocess(preprocess),
+        labels=labels,
+        split=split,
+        samples=samples,
     )
     if reference is None and not dataset.has_labels:
         raise DataError("there is nothing to judge by: give labels, or the dense model with --reference")

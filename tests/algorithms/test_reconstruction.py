@@ -148,7 +148,8 @@ def test_blend_is_a_fraction_and_never_hurts_its_judge(
     best = sparse_target(dense, moments(x[:samples], y[:samples]), None)
     if found.blend > 0:
         grid += [
-            direct_error(dense + t * (best.weight - dense), x[samples:], y[samples:]) for t in np.linspace(0, 1, 11)
+            direct_error(dense + t * (best.weight - dense), x[samples:], y[samples:])
+            for t in np.linspace(0, 1, 11)
         ]
     reached = direct_error(found.weight, x[samples:], y[samples:])
     assert reached <= min(grid) * (1 + 1e-5) + 1e-7 * (1 + grid[0])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import openvino as ov
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from openvino._offline_transformations import apply_moc_transformations
 
@@ -20,6 +21,7 @@ from pot_sparsity.graph.model import Model
 from pot_sparsity.pipeline.reporting import input_specs
 
 CLASSES = 5
+Array: TypeAlias = NDArray[Any]
 #: Settings that make a run of a small network a matter of tenths of a second.
 QUICK: dict[str, Any] = {"quantization": {"enabled": False}}
 
@@ -146,12 +148,12 @@ def labelled(path: Path, model: onnx.ModelProto, count: int, seed: int = 7) -> P
     return path
 
 
-def run_onnx(model: onnx.ModelProto, x: AnyArray) -> AnyArray:
+def run_onnx(model: onnx.ModelProto, x: AnyArray) -> Array:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
 
 
-def run_openvino(model: onnx.ModelProto | ov.Model | Path, x: AnyArray) -> AnyArray:
+def run_openvino(model: onnx.ModelProto | ov.Model | Path, x: AnyArray) -> Array:
     core = ov.Core()
     if isinstance(model, onnx.ModelProto):
         model = core.read_model(model.SerializeToString())

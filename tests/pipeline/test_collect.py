@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from pot_sparsity.algorithms.arrays import AnyArray, ConvGeometry, Float64, Moments
+from pot_sparsity.algorithms.arrays import ConvGeometry, Float64, Moments
 from pot_sparsity.engines import get_engine
 from pot_sparsity.errors import DataError, ModelError
 from pot_sparsity.graph.discovery import find_layers
@@ -18,10 +18,10 @@ from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.pipeline import collect
 from pot_sparsity.pipeline.collect import collect_moments, fitting_batch
 from pot_sparsity.pipeline.progress import Silent
-from tests.pipeline.nets import conv_net, dataset, images, normal, run_onnx, shared_net
+from tests.pipeline.nets import Array, conv_net, dataset, images, normal, run_onnx, shared_net
 
 
-def tapped(model: onnx.ModelProto, tensor: str, x: AnyArray) -> Float64:
+def tapped(model: onnx.ModelProto, tensor: str, x: Array) -> Float64:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     if tensor == "x":
         return x.astype(np.float64)
@@ -47,7 +47,12 @@ def unfolded(x: Float64, layer: Layer) -> Float64:
 
 
 def collected(
-    proto: onnx.ModelProto, x: AnyArray, *, batch_size: int = 16, threads: int = 1, positions: int | None = None
+    proto: onnx.ModelProto,
+    x: Array,
+    *,
+    batch_size: int = 16,
+    threads: int = 1,
+    positions: int | None = None,
 ) -> dict[str, Moments]:
     model = OnnxModel(proto)
     layers = find_layers(model.graph).layers
@@ -126,7 +131,7 @@ def test_a_batch_is_as_large_as_its_tensors_allow(monkeypatch: pytest.MonkeyPatc
 
 
 def test_activations_that_overflow_are_the_samples_fault() -> None:
-    with pytest.raises(DataError, match="calibration of layer '.*' failed: .*float32's range"):
+    with pytest.raises(DataError, match=r"calibration of layer '.*' failed: .*float32's range"):
         collected(shared_net(), np.full((4, 7), 3e38, np.float32))
 
 

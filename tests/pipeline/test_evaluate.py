@@ -10,7 +10,6 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.data.loading import load_dataset
 from pot_sparsity.engines import get_engine
 from pot_sparsity.errors import DataError
@@ -19,10 +18,21 @@ from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.pipeline.evaluate import Evaluator, distance, feeds, measure_latency
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.reporting import input_specs
-from tests.pipeline.nets import conv_net, dataset, images, labelled, node, normal, plain_net, proto, run_onnx
+from tests.pipeline.nets import (
+    Array,
+    conv_net,
+    dataset,
+    images,
+    labelled,
+    node,
+    normal,
+    plain_net,
+    proto,
+    run_onnx,
+)
 
 
-def evaluator(model: OnnxModel, data: AnyArray | Path, batch: int = 8) -> Evaluator:
+def evaluator(model: OnnxModel, data: Array | Path, batch: int = 8) -> Evaluator:
     samples = load_dataset(data, input_specs(model)) if isinstance(data, Path) else dataset(model, data)
     engine = get_engine("onnxruntime", 1)
     return Evaluator(engine, samples, model, ("top1", "top5"), batch, Silent(), "Testing")
@@ -31,11 +41,13 @@ def evaluator(model: OnnxModel, data: AnyArray | Path, batch: int = 8) -> Evalua
 def changed(model: OnnxModel, factor: float = 0.5) -> OnnxModel:
     other = model.copy()
     layer = find_layers(other.graph).layers[0]
-    other.set_constant(layer.constant, other.graph.value(layer.constant) * np.float32(factor))
+    other.set_constant(
+        layer.constant, np.asarray(other.graph.value(layer.constant), np.float32) * np.float32(factor)
+    )
     return other
 
 
-def softmax(x: AnyArray) -> AnyArray:
+def softmax(x: Array) -> Array:
     e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
     return np.asarray(e / e.sum(axis=1, keepdims=True))
 
@@ -84,7 +96,10 @@ def test_fixed_batch_judges_every_sample(tmp_path: Path) -> None:
 
 def test_further_outputs_are_compared_by_name() -> None:
     model = proto(
-        [node("MatMul", ["x", "w"], "y"), node("Relu", ["y"], "z")], {"w": normal(0, 4, 3)}, ["n", 4], ["y", "z"]
+        [node("MatMul", ["x", "w"], "y"), node("Relu", ["y"], "z")],
+        {"w": normal(0, 4, 3)},
+        ["n", 4],
+        ["y", "z"],
     )
     dense = OnnxModel(model)
     found = evaluator(dense, normal(1, 9, 4))(changed(dense, 0.9)).metrics
@@ -93,7 +108,9 @@ def test_further_outputs_are_compared_by_name() -> None:
 
 
 def test_a_model_without_real_output_has_nothing_to_compare() -> None:
-    model = proto([node("MatMul", ["x", "w"], "y"), node("ArgMax", ["y"], "z")], {"w": normal(0, 4, 3)}, ["n", 4], ["z"])
+    model = proto(
+        [node("MatMul", ["x", "w"], "y"), node("ArgMax", ["y"], "z")], {"w": normal(0, 4, 3)}, ["n", 4], ["z"]
+    )
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     with pytest.raises(DataError, match="no floating-point output"):
         evaluator(OnnxModel(model), normal(1, 3, 4))

@@ -1,4 +1,4 @@
-"""The main job, end to end: what is written is what was asked for, and the report tells the truth about it."""
+"""The main job, end to end: what is written is what was asked for, and the report is true."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import pytest
 from onnx import numpy_helper
 
 from pot_sparsity.algorithms.allocation import ALLOCATIONS
-from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.errors import AccuracyGateError
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import Result, optimize
+from pot_sparsity.pipeline import int8 as pipeline_int8
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.recipe import Recipe, load_recipe, validate_recipe
 from pot_sparsity.report.io import read_report
 from pot_sparsity.report.schema import Report
 from tests.pipeline.nets import (
     QUICK,
+    Array,
     conv_net,
     images,
     labelled,
@@ -46,6 +47,11 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 def settings(sparsity: float = 0.5, **sections: Any) -> Recipe:
     """A recipe without INT8, unless it says otherwise."""
     return validate_recipe({"sparsity": sparsity, **QUICK, **sections})
+
+
+def int8(samples: int) -> dict[str, Any]:
+    """Quantization the one way NNCF does it by default."""
+    return {"enabled": True, "samples": samples, "ranges": "default", "bias_correction": "fast"}
 
 
 def quick(model: Any = None, calibration: Any = None, **named: Any) -> Result:
@@ -120,8 +126,8 @@ def test_demo_writes_what_the_report_says(demo: Result) -> None:
     assert report.status == "done"
     assert_true(report, demo.folder / "float" / "model.onnx")
     names = {layer.name for layer in report.layers}
-    int8 = zeros_in(demo.folder / "model.onnx", names)
-    assert all(int8[layer.name] >= layer.zeros for layer in report.layers)
+    quantized = zeros_in(demo.folder / "model.onnx", names)
+    assert all(quantized[layer.name] >= layer.zeros for layer in report.layers)
     assert load_recipe(demo.folder / "recipe.yaml").sparsity == 0.6
     assert {item.path: item.bytes for item in report.files} == {
         name: (demo.folder / name).stat().st_size for name in ("float/model.onnx", "model.onnx")
@@ -132,7 +138,12 @@ def test_demo_writes_what_the_report_says(demo: Result) -> None:
 def test_demo_report_is_complete(demo: Result) -> None:
     report = demo.report
     stages = {stage.name: stage for stage in report.stages}
-    for name in ("pruning", "reconstruction and correction", "quantization", "validation of the sparse model"):
+    for name in (
+        "pruning",
+        "reconstruction and correction",
+        "quantization",
+        "validation of the sparse model",
+    ):
         assert stages[name].metrics_before, name
         assert stages[name].metrics_after, name
         assert stages[name].seconds > 0
@@ -164,7 +175,7 @@ def test_both_engines_agree_on_the_demo(demo: Result) -> None:
 
 
 def test_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
-    recipe = settings(quantization={"enabled": True, "samples": 16})
+    recipe = settings(quantization=int8(16))
     found = []
     for name, threads in (("a", 1), ("b", 1), ("c", 2)):
         quick(recipe=recipe, threads=threads, output=tmp_path / name)
@@ -185,7 +196,7 @@ def test_the_users_model_is_not_changed(form: str) -> None:
     before = proto.SerializeToString()
     x = images(4, 9)
     outputs = run_openvino(model, x)
-    result = quick(model, recipe=settings(quantization={"enabled": True, "samples": 8}))
+    result = quick(model, recipe=settings(quantization=int8(8)))
     assert result.model is not model
     assert result.sparse_model is not model
     assert proto.SerializeToString() == before
@@ -263,14 +274,18 @@ def test_keep_structure_changes_constants_only() -> None:
     assert isinstance(result.model, onnx.ModelProto)
     after = onnx.ModelProto.FromString(result.model.SerializeToString())
     old = {value.name: numpy_helper.to_array(value) for value in before.graph.initializer}
-    changed = {value.name for value in after.graph.initializer if not same(numpy_helper.to_array(value), old[value.name])}
+    changed = {
+        value.name
+        for value in after.graph.initializer
+        if not same(numpy_helper.to_array(value), old[value.name])
+    }
     assert {"w1", "w2", "w3", "w4", "w5"} <= changed <= {"w1", "w2", "w3", "w4", "w5", "b1", "b5"}
     del after.graph.initializer[:], before.graph.initializer[:]
     assert after == before
     assert_true(result.report, result.model)
 
 
-def same(a: AnyArray, b: AnyArray) -> bool:
+def same(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and np.array_equal(a, b)
 
 
@@ -300,11 +315,13 @@ def test_ignored_layers_stay_dense_and_do_not_count(by: str) -> None:
 
 
 def test_ignored_scope_is_left_in_floating_point() -> None:
-    recipe = settings(quantization={"enabled": True, "samples": 8})
+    recipe = settings(quantization=int8(8))
     result = quick(recipe=recipe, ignored_scope=nncf.IgnoredScope(names=["y"]))
     assert isinstance(result.model, onnx.ModelProto)
     producers = {name: node.op_type for node in result.model.graph.node for name in node.output}
-    weights = {node.name: producers.get(node.input[1]) for node in result.model.graph.node if len(node.input) > 1}
+    weights = {
+        node.name: producers.get(node.input[1]) for node in result.model.graph.node if len(node.input) > 1
+    }
     assert weights["y"] is None
     assert weights["conv1"] == "DequantizeLinear"
 
@@ -334,8 +351,9 @@ def test_max_drop_returns_the_last_iteration_that_respects_it(tmp_path: Path) ->
     result = quick(**watched(tmp_path, limit))
     assert result.report.chosen_iteration == last
     assert [item.accepted for item in result.report.iterations] == [True] * (last + 1) + [False]
-    assert result.report.iterations == full.iterations[: last + 1] + [
-        full.iterations[last + 1].model_copy(update={"accepted": False})
+    assert result.report.iterations == [
+        *full.iterations[: last + 1],
+        full.iterations[last + 1].model_copy(update={"accepted": False}),
     ]
     assert result.report.sparsity_asked == result.report.iterations[last].sparsity
     assert_true(result.report, result.model)
@@ -345,7 +363,9 @@ def test_no_iteration_respects_the_limit(tmp_path: Path) -> None:
     named = watched(tmp_path, 0.0)
     out = tmp_path / "out"
     named["recipe"] = settings(0.98, schedule={"max_drop": 0.0, "initial": 0.97, "iterations": 1})
-    with pytest.raises(AccuracyGateError, match=r"no iteration keeps top1 within 0.0 points .*closest: ") as caught:
+    with pytest.raises(
+        AccuracyGateError, match=r"no iteration keeps top1 within 0.0 points .*closest: "
+    ) as caught:
         quick(output=out, **named)
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
@@ -361,7 +381,7 @@ def test_int8_that_drops_too_far_falls_back_to_an_earlier_iteration(
 ) -> None:
     """INT8 of the sparser model is made bad: the iteration before it is delivered."""
     seen: list[float] = []
-    genuine = optimize.__globals__["quantize"]
+    genuine = pipeline_int8.quantize
 
     def spoiled(model: Any, *args: Any, **named: Any) -> Any:
         result = genuine(model, *args, **named)
@@ -373,10 +393,10 @@ def test_int8_that_drops_too_far_falls_back_to_an_earlier_iteration(
             result.set_constant(layer.constant, -result.graph.value(layer.constant))
         return result
 
-    monkeypatch.setitem(optimize.__globals__, "quantize", spoiled)
+    monkeypatch.setattr(pipeline_int8, "quantize", spoiled)
     monkeypatch.setitem(optimize.__globals__, "lost_zeros", lambda *models: {})
     schedule = {"max_drop": 60.0, "initial": 0.1, "iterations": 1}
-    recipe = settings(0.6, schedule=schedule, quantization={"enabled": True, "samples": 8})
+    recipe = settings(0.6, schedule=schedule, quantization=int8(8))
     report = quick(recipe=recipe, validation=labelled(tmp_path / "v.npz", conv_net(), 60)).report
     assert len(seen) == 2
     assert report.chosen_iteration == 0
@@ -388,7 +408,9 @@ def test_int8_that_drops_too_far_falls_back_to_an_earlier_iteration(
 
 
 def test_the_recipe_of_the_paper(tmp_path: Path) -> None:
-    recipe = load_recipe("pot", ["schedule.iterations=2", "quantization.samples=8"])
+    recipe = load_recipe(
+        "pot", ["schedule.iterations=2", "quantization.samples=8", "quantization.ranges=default"]
+    )
     report = quick(recipe=recipe, output=tmp_path / "out").report
     assert [item.sparsity for item in report.iterations] == pytest.approx([0.1, 0.45, 0.5])
     assert report.chosen_iteration == 2
@@ -461,7 +483,9 @@ def test_ir_in_gives_ir_out(tmp_path: Path, half: bool) -> None:
     assert (out / "model.xml").read_bytes() == path.read_bytes()
     assert (out / "model.bin").stat().st_size == path.with_suffix(".bin").stat().st_size
     assert_true(result.report, out / "model.xml")
-    stored = {op.get_element_type() for op in ov.Core().read_model(out / "model.xml").get_ops() if is_weight(op)}
+    stored = {
+        op.get_element_type() for op in ov.Core().read_model(out / "model.xml").get_ops() if is_weight(op)
+    }
     assert stored == {ov.Type.f16 if half else ov.Type.f32}
 
 
@@ -472,7 +496,7 @@ def is_weight(op: Any) -> bool:
 def test_ir_with_int8(tmp_path: Path) -> None:
     path = to_ir(plain_net(), tmp_path / "net.xml")
     out = tmp_path / "out"
-    report = quick(path, output=out, recipe=settings(quantization={"enabled": True, "samples": 16})).report
+    report = quick(path, output=out, recipe=settings(quantization=int8(16))).report
     assert_true(report, out / "float" / "model.xml")
     assert (out / "float" / "model.xml").read_bytes() == path.read_bytes()
     names = {layer.name: layer.zeros for layer in report.layers}
@@ -481,15 +505,15 @@ def test_ir_with_int8(tmp_path: Path) -> None:
     assert "FakeQuantize" in kinds
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_ir_on_demand(tmp_path: Path, int8: bool) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ir_on_demand(tmp_path: Path, quantized: bool) -> None:
     out = tmp_path / "out"
-    recipe = settings(quantization={"enabled": int8, "samples": 8})
+    recipe = settings(quantization=int8(8) | {"enabled": quantized})
     result = quick(output=out, output_format="openvino", recipe=recipe)
     assert (out / "model.xml").is_file()
     assert not (out / "model.onnx").exists()
     report = result.report
-    float_file = out / "float" / "model.xml" if int8 else out / "model.xml"
+    float_file = out / "float" / "model.xml" if quantized else out / "model.xml"
     assert_true(report, float_file)
     for variant in report.variants:
         assert variant.weights == report.weights, variant.name

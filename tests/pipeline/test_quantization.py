@@ -11,7 +11,6 @@ import onnxruntime as ort
 import openvino as ov
 import pytest
 
-from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.errors import ModelError
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
@@ -22,20 +21,22 @@ from pot_sparsity.graph.passes import fuse_batchnorm
 from pot_sparsity.graph.weights import count_zeros, read_weight, write_weight
 from pot_sparsity.quantization import convert_to_openvino, lost_zeros, quantize
 from pot_sparsity.recipe import QuantizationSettings
-from tests.pipeline.nets import conv_net, dataset, images, run_onnx, run_openvino
+from tests.pipeline.nets import Array, conv_net, dataset, images, run_onnx, run_openvino
 
 FORMATS = ("onnx", "openvino")
 
 
 def sparse(form: str) -> Model:
-    """The network with fused BatchNorm and every other weight zero; depthwise weights behind a Reshape in IR."""
+    """The network with BatchNorm fused and every other weight zero; in IR, a Reshape on depthwise weights."""
     proto = conv_net()
     model: Model
     if form == "onnx":
         model = OnnxModel(proto)
     else:
         read = ov.Core().read_model(proto.SerializeToString())
-        operands = [op.input_value(1).get_node() for op in read.get_ops() if op.get_type_name() == "GroupConvolution"]
+        operands = [
+            op.input_value(1).get_node() for op in read.get_ops() if op.get_type_name() == "GroupConvolution"
+        ]
         assert [op.get_type_name() for op in operands] == ["Reshape"]
         model = OpenVINOModel(read)
     fuse_batchnorm(model)
@@ -47,7 +48,7 @@ def sparse(form: str) -> Model:
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def pair(request: pytest.FixtureRequest) -> tuple[Model, Model, dict[str, AnyArray]]:
+def pair(request: pytest.FixtureRequest) -> tuple[Model, Model, dict[str, Array]]:
     """A sparse model, its INT8 version, and the sparse weights as they were before."""
     model = sparse(request.param)
     before = {layer.name: read_weight(model, layer) for layer in find_layers(model.graph).layers}
@@ -58,7 +59,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Model, Model, dict[str, AnyArr
     return model, result, before
 
 
-def operand(files: list[Path], layer: str) -> AnyArray:
+def operand(files: list[Path], layer: str) -> Array:
     """What the operator in the written file multiplies with, as its own runtime computes it."""
     if files[0].suffix == ".onnx":
         proto = onnx.load(files[0])
@@ -75,7 +76,7 @@ def operand(files: list[Path], layer: str) -> AnyArray:
 
 
 def test_zeros_stay_zeros_in_the_written_file(
-    pair: tuple[Model, Model, dict[str, AnyArray]], tmp_path: Path
+    pair: tuple[Model, Model, dict[str, Array]], tmp_path: Path
 ) -> None:
     model, quantized, before = pair
     assert lost_zeros(model, quantized) == {}
@@ -92,9 +93,9 @@ def test_zeros_stay_zeros_in_the_written_file(
 
 
 def test_every_depthwise_channel_has_its_own_scale(
-    pair: tuple[Model, Model, dict[str, AnyArray]], tmp_path: Path
+    pair: tuple[Model, Model, dict[str, Array]], tmp_path: Path
 ) -> None:
-    """Weights of a channel are whole multiples of its own scale, and that scale is its largest weight / 127."""
+    """Weights of a channel are whole multiples of its scale, and that is its largest weight / 127.5."""
     model, quantized, _ = pair
     layer = next(layer for layer in find_layers(model.graph).layers if layer.name == "depthwise")
     assert (layer.groups, layer.rows, layer.cols) == (8, 1, 9)
@@ -108,7 +109,7 @@ def test_every_depthwise_channel_has_its_own_scale(
     np.testing.assert_allclose(scales.reshape(8), np.abs(expected).max(axis=1) / 127.5, rtol=0.01)
 
 
-def scales_of(model: Model, layer: str) -> AnyArray:
+def scales_of(model: Model, layer: str) -> Array:
     native = model.native
     if isinstance(native, onnx.ModelProto):
         values = {value.name: onnx.numpy_helper.to_array(value) for value in native.graph.initializer}
@@ -126,7 +127,7 @@ def scales_of(model: Model, layer: str) -> AnyArray:
     return np.array(scale.get_data(), np.float64)
 
 
-def test_int8_stays_near_the_sparse_model(pair: tuple[Model, Model, dict[str, AnyArray]]) -> None:
+def test_int8_stays_near_the_sparse_model(pair: tuple[Model, Model, dict[str, Array]]) -> None:
     model, quantized, _ = pair
     x = images(20, 3)
     before, after = run_openvino(model.native, x), run_openvino(quantized.native, x)
@@ -149,7 +150,7 @@ def test_lost_zeros_are_found() -> None:
 def test_a_scope_that_names_nothing_is_the_users_mistake() -> None:
     model = sparse("onnx")
     scope = nncf.IgnoredScope(names=["no such node"])
-    with pytest.raises(ModelError, match="NNCF cannot quantize this model .*; run with --no-int8") as caught:
+    with pytest.raises(ModelError, match=r"NNCF cannot quantize this model .*; run with --no-int8") as caught:
         quantize(model, dataset(model, images(8)), QuantizationSettings(), ignored_scope=scope)
     assert "\n" not in str(caught.value)
 
@@ -162,4 +163,6 @@ def test_conversion_keeps_layers_zeros_and_results() -> None:
     assert convert_to_openvino(converted) is converted
     assert lost_zeros(model, converted) == {}
     x = images(5)
-    np.testing.assert_allclose(run_openvino(converted.native, x), run_onnx(model.native, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run_openvino(converted.native, x), run_onnx(model.native, x), rtol=1e-4, atol=1e-5
+    )

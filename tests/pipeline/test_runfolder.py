@@ -173,12 +173,14 @@ def full(*args: object, **kwargs: object) -> Any:
 
 
 def test_full_disk_while_opening_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     refused("the disk is full: .* free some space", lambda: opened(tmp_path / "out"))
     assert tree(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), SafetensorError("No space left on device")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space"), SafetensorError("No space left on device")]
+)
 def test_full_disk_while_storing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     folder = opened(tmp_path / "out")
 
@@ -202,7 +204,7 @@ def test_full_disk_while_saving_a_model(tmp_path: Path, monkeypatch: pytest.Monk
 def test_text_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.yaml"
     write_text(path, "old: ü\n")
-    monkeypatch.setattr(runfolder.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     refused("the disk is full", lambda: write_text(path, "new"))
     assert path.read_text(encoding="utf-8") == "old: ü\n"
     assert tree(tmp_path) == ["recipe.yaml"]
@@ -213,11 +215,15 @@ def test_the_log_is_written_once_there_is_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     logger = logging.getLogger("pot_sparsity.test")
     folder = RunFolder(out)
-    with pytest.raises(KeyboardInterrupt), folder.logging():
+
+    def work() -> None:
         logger.info("before")
         folder.open(MARK)
         logger.info("after")
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder.logging():
+        work()
     text = (out / "run.log").read_text(encoding="utf-8")
     assert "INFO pot_sparsity.test: before" in text
     assert "after" in text

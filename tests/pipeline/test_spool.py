@@ -22,7 +22,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def batch(seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {"a": random.normal(size=(4, 8)), "b/c:0": random.integers(0, 9, (2, 3)), "": np.float32([seed])}
+    return {
+        "a": random.normal(size=(4, 8)),
+        "b/c:0": random.integers(0, 9, (2, 3)),
+        "": np.full(1, seed, np.float32),
+    }
 
 
 def files(folder: Path) -> list[Path]:
@@ -68,9 +72,9 @@ def test_memory_is_filled_first_and_freed_by_dropping(scratch: Path) -> None:
 
 def test_files_vanish_when_an_exception_passes(scratch: Path) -> None:
     spool = Spool(0)
+    spool.append(batch(0))
+    assert files(scratch)
     with pytest.raises(KeyboardInterrupt), spool:
-        spool.append(batch(0))
-        assert files(scratch)
         raise KeyboardInterrupt
     assert list(scratch.iterdir()) == []
     assert len(spool) == 0
@@ -81,6 +85,6 @@ def test_a_full_disk_is_one_clear_line(scratch: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with Spool(0) as spool, pytest.raises(OutputError, match="the disk is full: .* free some space"):
+    with Spool(0) as spool, pytest.raises(OutputError, match=r"the disk is full: .* free some space"):
         spool.append(batch(0))
     assert list(scratch.iterdir()) == []

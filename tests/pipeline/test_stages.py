@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 
-from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.engines import get_engine
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.graph import Graph
@@ -14,7 +13,7 @@ from pot_sparsity.graph.layers import Layer
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.pipeline.stages import Cut, StagePlan, plan_stages
-from tests.pipeline.nets import conv_net, images, node, normal, proto, shared_net
+from tests.pipeline.nets import Array, conv_net, images, node, normal, proto, shared_net
 
 
 def diamond_net() -> onnx.ModelProto:
@@ -44,11 +43,11 @@ def single(graph: Graph) -> list[Layer]:
     return [layer for layer in find_layers(graph).layers if not layer.shared]
 
 
-def inputs_for(model: Model, shape: tuple[int, ...], batch: int = 2) -> dict[str, AnyArray]:
+def inputs_for(model: Model, shape: tuple[int, ...], batch: int = 2) -> dict[str, Array]:
     return {model.graph.inputs[0]: normal(77, batch, *shape)}
 
 
-def advance(model: Model, cut: Cut, alive: dict[str, AnyArray]) -> dict[str, AnyArray]:
+def advance(model: Model, cut: Cut, alive: dict[str, Array]) -> dict[str, Array]:
     """One partial run, by the book: only what the cut names is fed and kept."""
     after = {name: alive[name] for name in cut.carried}
     if cut.outputs:
@@ -58,7 +57,7 @@ def advance(model: Model, cut: Cut, alive: dict[str, AnyArray]) -> dict[str, Any
     return after
 
 
-def tap(model: Model, feeds: dict[str, AnyArray], tensors: list[str]) -> dict[str, AnyArray]:
+def tap(model: Model, feeds: dict[str, Array], tensors: list[str]) -> dict[str, Array]:
     executable = get_engine("openvino", 1).compile(model.extract(outputs=tuple(dict.fromkeys(tensors))))
     return executable.run(feeds)
 
@@ -129,7 +128,9 @@ def test_the_sparse_side_sees_the_weights_written_before_each_stage(name: str) -
     final = OnnxModel(build())
     layers = single(model.graph)
     for layer in layers:
-        final.set_constant(layer.constant, final.graph.value(layer.constant) * np.float32(0.5))
+        final.set_constant(
+            layer.constant, np.asarray(final.graph.value(layer.constant), np.float32) * np.float32(0.5)
+        )
     plans = plan_stages(model.graph, layers)
     feeds = inputs_for(model, shape)
     places = [place for plan in plans for _, place in plan.layers]
@@ -146,7 +147,7 @@ def test_a_cut_holds_no_tensor_longer_than_needed() -> None:
     """The network's input is dead once the first convolution ran."""
     model = OnnxModel(conv_net())
     plans = plan_stages(model.graph, single(model.graph))
-    alive = {model.graph.inputs[0]: images(2)}
+    alive: dict[str, Array] = {model.graph.inputs[0]: images(2)}
     sizes = []
     for plan in plans:
         alive = advance(model, plan.dense, alive)

@@ -134,8 +134,8 @@ class Moments:
     def centred(self) -> Float64:
         """Covariance ``E[x x^T] - E[x] E[x]^T``: the H of a layer whose bias is free.
 
-        An input whose variance is below the rounding of float32 products (1e-7 of its second moment) is constant:
-        its row and column are exactly 0.
+        An input whose variance is below the rounding of float32 products (1e-7 of its second moment) is
+        constant: its row and column are exactly 0.
         """
         covariance = self.second - self.mean[:, :, None] * self.mean[:, None, :]
         power = np.einsum("gcc->gc", self.second)

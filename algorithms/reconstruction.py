@@ -1,4 +1,4 @@
-"""Sparse inputs, dense targets: what a layer's weights should be fitted to once the layers before it have changed.
+"""Sparse inputs, dense targets: what to fit a layer's weights to once the layers before it have changed.
 
 With the sparse model's input ``x_s`` and the dense model's output ``y_d`` on the same samples, the best dense
 weight is ``W* = G_c H_c^-1`` with ``H_c = cov(x_s)`` and ``G_c = cov(y_d, x_s)``; the bias follows as
@@ -15,7 +15,7 @@ from scipy.linalg import cho_factor, cho_solve
 from pot_sparsity.algorithms.arrays import Float64
 from pot_sparsity.algorithms.moments import CrossMoments
 
-#: Ridge towards the dense weight, relative to the mean diagonal of H: keeps directions without data where they were.
+#: Ridge towards the dense weight, relative to the mean diagonal of H: directions without data stay as they were.
 RIDGE = 1e-4
 #: Least ridge, relative to the mean second moment: a variance below it is rounding noise of float32 products.
 ROUNDING = 1e-8

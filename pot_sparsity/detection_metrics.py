@@ -53,34 +53,47 @@ class DetectionAgreement:
     and class and an intersection over union of at least :data:`IOU_THRESHOLD`; those of the candidate take
     turns by falling score, each takes the free one of the reference that it overlaps most. 100 where neither
     model detects anything.
+
+    :meth:`overlap` is the same without the threshold of the score, each pair weighted by its intersection over
+    union and the lower of its two scores, each detection by its score: it moves with every box and score, so it
+    tells models apart on samples too few for the agreement to do so.
     """
 
     def __init__(self) -> None:
         self._matches = 0
         self._detections = 0
+        self._common = 0.0
+        self._scores = 0.0
 
     def update(self, reference: list[Float64], candidate: list[Float64]) -> None:
         """Add the lists of a batch, as :func:`detection_lists` gives them, in the same order."""
         for rows in zip(reference, candidate, strict=True):
             ours, theirs = (part[part[:, 2] >= SCORE_THRESHOLD] for part in rows)
             self._detections += len(ours) + len(theirs)
-            self._matches += _matches(ours, theirs)
+            self._matches += len(_matches(ours, theirs))
+            self._scores += sum(float(part[:, 2].sum()) for part in rows)
+            self._common += sum(_matches(*rows))
 
     def result(self) -> float:
         """Percent over everything seen."""
         return 200.0 * self._matches / self._detections if self._detections else 100.0
 
+    def overlap(self) -> float:
+        """Percent of the scores that both models give to the same boxes; 100 for equal outputs."""
+        return 200.0 * self._common / self._scores if self._scores > 0.0 else 100.0
 
-def _matches(reference: Float64, candidate: Float64) -> int:
+
+def _matches(reference: Float64, candidate: Float64) -> list[float]:
+    """Intersection over union times the lower score of every pair."""
     if not len(reference) or not len(candidate):
-        return 0
+        return []
     same = (candidate[:, None, :2] == reference[None, :, :2]).all(axis=2)
     overlap = np.where(same, _overlaps(candidate[:, 3:], reference[:, 3:]), 0.0)
-    matches = 0
+    matches = []
     for row in np.argsort(-candidate[:, 2], kind="stable"):
         best = int(overlap[row].argmax())
         if overlap[row, best] >= IOU_THRESHOLD:
-            matches += 1
+            matches.append(float(overlap[row, best] * min(candidate[row, 2], reference[best, 2])))
             overlap[:, best] = 0.0
     return matches
 

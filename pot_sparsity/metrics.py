@@ -126,7 +126,7 @@ class Comparison:
         equal outputs.
     ``output_mse``
         Mean of ``(reference - candidate)^2``.
-    ``detection_agreement``
+    ``detection_agreement``, ``detection_overlap``
         In place of all of these where the first reference batch is a list of detections:
         see :class:`~pot_sparsity.detection_metrics.DetectionAgreement`.
 
@@ -194,7 +194,10 @@ class Comparison:
         if not self._elements:
             raise DataError(f"output {self._name!r}: no samples were compared")
         if self._detections is not None:
-            return {"detection_agreement": self._detections.result()}
+            return {
+                "detection_agreement": self._detections.result(),
+                "detection_overlap": self._detections.overlap(),
+            }
         values = {"sqnr": _sqnr(self._signal, self._noise), "output_mse": self._noise / self._elements}
         if not self._has_classes:
             return values

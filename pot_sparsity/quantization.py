@@ -1,6 +1,6 @@
 """INT8 through NNCF: places quantizers in a prepared model and proves that every zero stayed a zero.
 
-NNCF must see a graph whose BatchNorms are fused and whose weights are direct constants: on a Reshape in front of
+NNCF must see a graph whose BatchNorms are fused and whose weights are direct constants: on a Reshape before
 a depthwise weight it scales along the wrong axes, which can cost tens of points.
 """
 
@@ -20,7 +20,6 @@ import openvino as ov
 from nncf.common.logging import nncf_logger
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
 from nncf.quantization.range_estimator import RangeEstimatorParameters, RangeEstimatorParametersSet
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 # The same entry point as nncf uses; there is no public one.
 from openvino._offline_transformations import apply_moc_transformations
@@ -113,7 +112,7 @@ def _quantized(
                     ),
                 ),
             )
-        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError, Fail) as error:
+        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError, RuntimeError) as error:
             text = str(error).strip()
             why = text.splitlines()[0] if text else type(error).__name__
             raise ModelError(f"NNCF cannot quantize this model ({why}); run with --no-int8") from error

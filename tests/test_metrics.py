@@ -12,6 +12,7 @@ from pot_sparsity.algorithms.arrays import AnyArray, Float64
 from pot_sparsity.detection_metrics import looks_like_detections
 from pot_sparsity.errors import DataError, ModelError, PotSparsityError, RecipeError
 from pot_sparsity.metrics import METRICS, SQNR_LIMIT, Comparison, Top1, Top5, get_metric, paired_interval
+from pot_sparsity.pipeline.evaluate import distance
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -253,6 +254,29 @@ def plain_agreement(reference: list[list[list[float]]], candidate: list[list[lis
     return 200.0 * matches / total if total else 100.0
 
 
+def plain_overlap(reference: list[list[list[float]]], candidate: list[list[list[float]]]) -> float:
+    """Greedy pairs without a threshold of the score, weighted by their overlap and the lower score."""
+    total = common = 0.0
+    for ours, theirs in zip(reference, candidate, strict=True):
+        left = list(ours)
+        total += sum(row[2] for row in ours + theirs)
+        for row in sorted(theirs, key=lambda row: -row[2]):
+            same = [other for other in left if other[:2] == row[:2]]
+            best = max(same, key=lambda other: overlap(other[3:], row[3:]), default=None)
+            if best is not None and overlap(best[3:], row[3:]) >= 0.5:
+                common += overlap(best[3:], row[3:]) * min(best[2], row[2])
+                left.remove(best)
+    return 200.0 * common / total if total else 100.0
+
+
+def agreement_of(reference: AnyArray, candidate: AnyArray) -> dict[str, float]:
+    """Only the agreement: the overlap has tests of its own."""
+    found = compare(reference, candidate)
+    assert set(found) == {"detection_agreement", "detection_overlap"}
+    assert 0.0 <= found.pop("detection_overlap") <= 100.0 + 1e-9
+    return found
+
+
 def random_lists(random: np.random.Generator, images: int) -> list[list[list[float]]]:
     """Up to 11 detections an image, of 2 classes and among few boxes, so that many overlap."""
     lists = []
@@ -276,9 +300,11 @@ def test_detection_agreement_against_plain_python(seed: int, images: int, batch:
     for start in range(0, images, batch):
         comparison.update(ours[start : start + batch], theirs[start : start + batch])
     assert comparison.result() == {
-        "detection_agreement": pytest.approx(plain_agreement(reference, candidate))
+        "detection_agreement": pytest.approx(plain_agreement(reference, candidate)),
+        "detection_overlap": pytest.approx(plain_overlap(reference, candidate)),
     }
-    assert compare(ours, ours) == {"detection_agreement": 100.0}
+    same = compare(ours, ours)
+    assert same == {"detection_agreement": 100.0, "detection_overlap": pytest.approx(100.0)}
 
 
 BOX = [0.1, 0.1, 0.5, 0.5]
@@ -298,28 +324,28 @@ BOX = [0.1, 0.1, 0.5, 0.5]
     ],
 )
 def test_what_counts_as_a_counterpart(candidate: list[list[float]], expected: float) -> None:
-    found = compare(detections([[0, 1, 0.5, *BOX]]), detections(candidate))
+    found = agreement_of(detections([[0, 1, 0.5, *BOX]]), detections(candidate))
     assert found == {"detection_agreement": pytest.approx(expected)}
 
 
 def test_detections_of_two_images_in_one_list() -> None:
     reference = detections([[0, 1, 0.9, *BOX], [1, 1, 0.8, *BOX]])
-    assert compare(reference, detections([[1, 1, 0.9, *BOX], [0, 1, 0.8, *BOX]])) == {
+    assert agreement_of(reference, detections([[1, 1, 0.9, *BOX], [0, 1, 0.8, *BOX]])) == {
         "detection_agreement": 100.0
     }
-    assert compare(reference, detections([[1, 1, 0.9, *BOX]])) == {
+    assert agreement_of(reference, detections([[1, 1, 0.9, *BOX]])) == {
         "detection_agreement": pytest.approx(200.0 / 3)
     }
 
 
 def test_models_that_detect_nothing_agree() -> None:
-    assert compare(detections([]), detections([])) == {"detection_agreement": 100.0}
+    assert agreement_of(detections([]), detections([])) == {"detection_agreement": 100.0}
 
 
 def test_the_better_overlap_wins() -> None:
     first, second = [0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.56]
     reference = detections([[0, 0, 0.9, *first], [0, 0, 0.8, *second]])
-    assert compare(reference, detections([[0, 0, 0.9, *second], [0, 0, 0.8, *first]])) == {
+    assert agreement_of(reference, detections([[0, 0, 0.9, *second], [0, 0, 0.8, *first]])) == {
         "detection_agreement": 100.0
     }
 
@@ -353,7 +379,15 @@ def test_detections_that_are_not_finite() -> None:
         compare(bad, good)
     garbage = good.copy()
     garbage[0, 0, 2:] = math.nan  # behind the end of the list
-    assert compare(good, garbage) == {"detection_agreement": 100.0}
+    assert agreement_of(good, garbage) == {"detection_agreement": 100.0}
+
+
+def test_decisions_on_detections_are_taken_on_what_differs() -> None:
+    found = compare(detections([[0, 1, 0.9, *BOX], [0, 2, 0.8, *BOX]]), detections([[0, 1, 0.9, *BOX]]))
+    measure, value = distance(found)
+    assert measure == "1 - detection overlap"
+    assert value == pytest.approx(1.0 - 2 * 0.9 / (0.9 + 0.8 + 0.9))
+    assert distance({"detection_overlap": 100.0}) == ("1 - detection overlap", 0.0)
 
 
 # --- paired interval

@@ -8,7 +8,7 @@ unpruned row alone.
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve
 
 from pot_sparsity.algorithms.arrays import Bool, Float64
 from pot_sparsity.algorithms.pruning.problem import DAMPING_STEPS, PIVOT_FLOOR, LayerProblem
@@ -109,7 +109,7 @@ def damped_cholesky(matrix: Float64, mean: float) -> tuple[Float64, float]:
         np.einsum("ii->i", damped)[...] += damping * mean
         diagonal = damped.diagonal().copy()
         try:
-            factor = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
+            factor = np.linalg.cholesky(damped)
         except np.linalg.LinAlgError:
             continue
         if (factor.diagonal() ** 2 > PIVOT_FLOOR * diagonal).all():

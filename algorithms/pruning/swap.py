@@ -4,23 +4,27 @@ For one row with kept set S (refitted), excluded set E, ``P = (H_SS)^-1``, ``a =
 H_jS P H_Sj`` and ``g = ((w* - w) H)_E``: growing j gains ``g_j^2 / s_j``, dropping i costs ``w_i^2 / P_ii``,
 and both together change the error by exactly ``w_i^2/P_ii - (g_j + w_i a_ij/P_ii)^2 / (s_j + a_ij^2/P_ii)``.
 
-All of it stands in one symmetric tableau, H swept on S: ``T_SS = -P``, ``T_SE = a``, ``T_EE`` the Schur
-complement; ``T`` times the pruned part of ``w*`` gives ``w - w*`` on S and ``g`` on E. A drop or a grow is
-one sweep, of rank 1. Rows share the number of zeros, so a drop in one row pays for a grow in another: their
-costs are independent.
+All of it stands in one symmetric tableau T, H swept on S: ``T_SS = -P``, ``T_SE = a``, ``T_EE`` the Schur
+complement. Only the columns of S and the diagonal are kept; a line of ``T_EE`` is computed when its weight
+grows. Rows share the number of zeros, so a drop in one row pays for a grow in another: their costs are
+independent.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import dger
+from scipy.linalg.lapack import dtrtri
 
 from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern
+from pot_sparsity.algorithms.pruning.parallel import RowPool
 from pot_sparsity.algorithms.pruning.problem import LayerProblem, row_errors
 from pot_sparsity.algorithms.pruning.projection import pattern_index
 from pot_sparsity.algorithms.pruning.refit import damped_cholesky, refit
@@ -32,12 +36,16 @@ _LEAST = 1e-9
 _DEPENDENT = 1e-9
 # Columns evaluated first: those of the largest gain alone.
 _FIRST = 32
-# How many drops and grows a row offers to other rows per round.
+# How many drops and grows a row offers to other rows per round, chosen among so many single best ones.
 _OFFERS = 8
+_POOL = 32
+# Swaps after which a row's tableau is computed afresh, so that rounding does not build up.
+_FRESH = 200
 
 _Row: TypeAlias = tuple[int, int]
+_Prices: TypeAlias = list[tuple[int, float]]
 # (column, price) to drop and to grow, each list to be used from its start.
-_Offers: TypeAlias = tuple[list[tuple[int, float]], list[tuple[int, float]]]
+_Offers: TypeAlias = tuple[_Prices, _Prices]
 
 
 @dataclass(frozen=True)
@@ -65,58 +73,85 @@ class Polished:
 
 
 class _Tableau:
-    """One row's H (unit diagonal) swept on its kept set."""
+    """One row's H (unit diagonal) swept on its kept set.
+
+    Attributes
+    ----------
+    support
+        Columns of S, in the order of the tableau's columns.
+    lines
+        ``T[:, S]``, ``[cols, kept]``.
+    diagonal
+        ``T_jj``: ``-P_jj`` on S, ``s_j`` on E.
+    state
+        ``w`` on S, ``g`` on E.
+    """
 
     def __init__(self, correlation: Float64, target: Float64, kept: Bool, growable: Bool) -> None:
-        self.target, self.kept, self.growable = target, kept.copy(), growable
-        support, rest = np.flatnonzero(kept), np.flatnonzero(~kept)
+        self.correlation, self.growable = correlation, growable
+        self.kept = kept.copy()
+        self.support = np.flatnonzero(kept)
         self.damping = 0.0
-        self.table = correlation.copy()
-        if support.size:
-            sub = correlation[support][:, support]
-            factor, self.damping = damped_cholesky(sub, 1.0)
-            np.einsum("cc->c", self.table)[...] += self.damping
-            root = np.linalg.inv(factor)
-            inverse = root.T @ root
-            cross = self.table[support][:, rest]
-            spread = inverse @ cross
-            self.table[np.ix_(support, support)] = -inverse
-            self.table[np.ix_(support, rest)] = spread
-            self.table[np.ix_(rest, support)] = spread.T
-            self.table[np.ix_(rest, rest)] -= cross.T @ spread
+        self.lines: Float64 = np.zeros((len(target), 0))
+        self.diagonal: Float64 = np.ones(len(target))
+        self.state: Float64 = np.asarray(target @ correlation)
+        if self.support.size:
+            self._fill(target)
 
-    def copy(self) -> _Tableau:
-        """Independent copy, to look ahead on."""
-        twin = object.__new__(_Tableau)
-        twin.__dict__.update(self.__dict__)
-        twin.table, twin.kept = self.table.copy(), self.kept.copy()
-        return twin
+    def _fill(self, target: Float64) -> None:
+        """Sweep H on the support, from its Cholesky factor."""
+        rows = self.correlation[self.support]
+        factor, self.damping = damped_cholesky(rows[:, self.support], 1.0)
+        root, _ = dtrtri(factor, lower=1)
+        inverse = root.T @ root
+        self.lines = np.asarray(rows.T @ inverse)
+        moved = np.where(self.kept, 0.0, target) @ self.lines
+        self.diagonal = 1.0 + self.damping - np.einsum("cs,sc->c", self.lines, rows)
+        self.diagonal[self.support] = -inverse.diagonal()
+        self.lines[self.support] = -inverse
+        gap = target.copy()
+        gap[self.support] = -moved
+        self.state = np.asarray(gap @ self.correlation + self.damping * gap)
+        self.state[self.support] = target[self.support] + moved
 
-    def state(self) -> tuple[Float64, Float64]:
-        """``w`` on S (0 elsewhere) and ``g`` on E (0 elsewhere)."""
-        moved = self.table @ np.where(self.kept, 0.0, self.target)
-        return np.where(self.kept, self.target + moved, 0.0), np.where(self.kept, 0.0, moved)
+    def drop_costs(self) -> Float64:
+        """``w_i^2 / P_ii`` of each member of the support."""
+        inner = np.maximum(-self.diagonal[self.support], 1e-300)
+        return np.asarray(self.state[self.support] ** 2 / inner)
 
-    def drop_costs(self, weight: Float64) -> Float64:
-        """``w_i^2 / P_ii`` on S, inf elsewhere."""
-        diagonal = np.where(self.kept, -self.table.diagonal(), 1.0)
-        return np.where(self.kept, weight**2 / np.maximum(diagonal, 1e-300), np.inf)
-
-    def grow_gains(self, gradient: Float64) -> Float64:
+    def grow_gains(self) -> Float64:
         """``g_j^2 / s_j`` on the part of E that may grow, 0 elsewhere."""
-        schur = self.table.diagonal()
-        able = ~self.kept & self.growable & (schur > _DEPENDENT)
-        return np.where(able, gradient**2 / np.where(able, schur, 1.0), 0.0)
+        able = ~self.kept & self.growable & (self.diagonal > _DEPENDENT)
+        return np.where(able, self.state**2 / np.where(able, self.diagonal, 1.0), 0.0)
 
-    def flip(self, column: int) -> None:
-        """Grow a pruned column or drop a kept one: one sweep."""
-        line = self.table[column].copy()
-        pivot = line[column]
-        sign = -1.0 if self.kept[column] else 1.0
-        self.table -= np.outer(line / pivot, line)
-        self.table[column] = self.table[:, column] = sign * line / pivot
-        self.table[column, column] = -1.0 / pivot
-        self.kept[column] = not self.kept[column]
+    def swap(self, drop: int, grow: int) -> None:
+        """Drop a kept column and let a pruned one take its place: two sweeps."""
+        place = int(np.flatnonzero(self.support == drop)[0])
+        self._sweep(drop, self.lines[:, place].copy(), self.lines[drop].copy(), -1.0)
+        row = self.correlation[grow]
+        inside = row[self.support]
+        inside[place] = 0.0
+        line = row - self.lines @ inside
+        line[grow] += self.damping
+        across = self.lines[grow].copy()
+        across[place] = 0.0
+        self.kept[[drop, grow]] = False, True
+        others = np.delete(self.support, place)
+        line[others] = self.lines[grow, np.arange(len(self.support)) != place]
+        self._sweep(grow, line, across, 1.0)
+        self.lines[:, place] = line / line[grow]
+        self.lines[grow, place] = -1.0 / line[grow]
+        self.support[place] = grow
+
+    def _sweep(self, column: int, line: Float64, across: Float64, sign: float) -> None:
+        """Sweep on one column: ``line`` is ``T[:, column]``, ``across`` is ``T[column, S]``."""
+        pivot, value = float(line[column]), float(self.state[column])
+        self.lines = dger(-1.0 / pivot, across, line, a=self.lines.T, overwrite_a=True).T
+        self.lines[column] = sign * across / pivot
+        self.diagonal -= line * line / pivot
+        self.diagonal[column] = -1.0 / pivot
+        self.state -= line * (value / pivot)
+        self.state[column] = sign * value / pivot
 
     def best_swap(self, groups: NDArray[np.intp] | None) -> tuple[float, int, int]:
         """Exact best (change, drop, grow) over all pairs; a pair must share its group where groups are given.
@@ -124,56 +159,96 @@ class _Tableau:
         A pair never gains more than its grow alone, so columns are evaluated in falling order of that bound
         and the rest is left out as soon as the bound is worse than the best pair.
         """
-        weight, gradient = self.state()
-        gains = self.grow_gains(gradient)
-        support = np.flatnonzero(self.kept)
+        gains = self.grow_gains()
         order = np.argsort(-gains, kind="stable")[: np.count_nonzero(gains)]
         best = (0.0, -1, -1)
-        if not support.size:
-            return best
-        inner = np.maximum(-self.table.diagonal()[support], 1e-300)
-        cost, ratio = weight[support] ** 2 / inner, weight[support] / inner
+        inner = np.maximum(-self.diagonal[self.support], 1e-300)
+        weight = self.state[self.support]
+        cost, ratio = weight**2 / inner, weight / inner
         begin, width = 0, _FIRST
         while begin < len(order) and gains[order[begin]] > -best[0]:
             some = order[begin : begin + width]
-            spread = self.table[some][:, support]
-            change = cost - (gradient[some, None] + ratio * spread) ** 2 / (
-                self.table.diagonal()[some, None] + spread**2 / inner
+            spread = self.lines[some]
+            change = cost - (self.state[some, None] + ratio * spread) ** 2 / (
+                self.diagonal[some, None] + spread**2 / inner
             )
             if groups is not None:
-                change[groups[some][:, None] != groups[support]] = np.inf
+                change[groups[some][:, None] != groups[self.support]] = np.inf
             grow, drop = np.unravel_index(int(change.argmin()), change.shape)
             if change[grow, drop] < best[0]:
-                best = (float(change[grow, drop]), int(support[drop]), int(some[grow]))
+                best = (float(change[grow, drop]), int(self.support[drop]), int(some[grow]))
             begin, width = begin + width, 2 * width
         return best
 
-    def offers(self, drops: bool) -> Iterator[tuple[int, float]]:
-        """The next few (column, price) to drop or to grow, each after those before; a gain is negative."""
-        ahead = self.copy()
-        for _ in range(_OFFERS):
-            weight, gradient = ahead.state()
-            values = ahead.drop_costs(weight) if drops else -ahead.grow_gains(gradient)
-            column = int(values.argmin())
-            if not np.isfinite(values[column]) or (values[column] == 0.0 and not drops):
-                return
-            yield column, float(values[column])
-            ahead.flip(column)
+    def offers(self) -> _Offers:
+        """The next few (column, price) to drop and to grow, each after those before; a gain is negative."""
+        costs, gains = self.drop_costs(), self.grow_gains()
+        place = np.argsort(costs, kind="stable")[:_POOL]
+        chosen = self.support[place]
+        drops = _in_turn(-self.lines[chosen][:, place], self.state[chosen], drop=True)
+        some = np.argsort(-gains, kind="stable")[: min(_POOL, np.count_nonzero(gains))]
+        schur = self.correlation[some][:, some] - self.lines[some] @ self.correlation[self.support][:, some]
+        schur[np.diag_indices(len(some))] = self.diagonal[some]
+        grows = _in_turn(schur, self.state[some], drop=False)
+        return (
+            [(int(chosen[at]), price) for at, price in drops],
+            [(int(some[at]), -price) for at, price in grows],
+        )
+
+
+def _in_turn(matrix: Float64, state: Float64, *, drop: bool) -> _Prices:
+    """Sweep ``matrix`` on the cheapest (or most gainful) of its columns, a few times: (position, price)."""
+    matrix, state = matrix.copy(), state.copy()
+    open_: Bool = np.ones(len(state), np.bool_)
+    taken: _Prices = []
+    while len(taken) < min(_OFFERS, len(state)):
+        diagonal = matrix.diagonal()
+        open_ &= diagonal > (0.0 if drop else _DEPENDENT)
+        if not open_.any():
+            break
+        price = state**2 / np.where(open_, diagonal, 1.0)
+        at = int(np.where(open_, price, np.inf).argmin() if drop else np.where(open_, price, -1.0).argmax())
+        taken.append((at, float(price[at])))
+        line = matrix[at] / matrix[at, at]
+        state -= line * state[at]
+        matrix -= np.outer(line, matrix[at])
+        open_[at] = False
+    return taken
 
 
 class _Budget:
-    """What is left of swaps and seconds."""
+    """What is left of swaps and seconds; shared by threads."""
 
     def __init__(self, swaps: int | None, seconds: float | None) -> None:
         self.made = 0
         self._swaps = swaps
         self._until = None if seconds is None else time.monotonic() + seconds
+        self._lock = threading.Lock()
 
     @property
     def over(self) -> bool:
+        """Whether swaps or seconds are spent."""
         return (self._swaps is not None and self.made >= self._swaps) or (
             self._until is not None and time.monotonic() >= self._until
         )
+
+    def spend(self) -> bool:
+        """Take one swap; False where none is left."""
+        with self._lock:
+            if self._swaps is not None and self.made >= self._swaps:
+                return False
+            self.made += 1
+            return True
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One row after it has been settled."""
+
+    kept: Bool
+    optimal: bool
+    damping: float
+    offers: _Offers
 
 
 def polish(
@@ -183,6 +258,7 @@ def polish(
     *,
     swaps: int | None = None,
     seconds: float | None = None,
+    workers: int = 1,
 ) -> Polished:
     """Swap weights in and out of a support until no swap pays or the budget is spent; the error never rises.
 
@@ -196,6 +272,8 @@ def polish(
         ``unstructured`` swaps within rows and across all rows and groups; ``n:m`` within a group of a row.
     swaps, seconds
         Budget; None is no bound.
+    workers
+        Threads over rows; the result does not depend on it (one where ``swaps`` is bounded).
 
     Raises
     ------
@@ -206,7 +284,7 @@ def polish(
         raise ValueError(f"the 1-swap polish works on 'unstructured' and 'n:m', not on {str(pattern)!r}")
     sections = _sections(mask.shape[-1], pattern)
     budget = _Budget(swaps, seconds)
-    before, first = refit(problem, mask)
+    before, first = refit(problem, mask, workers=workers)
     errors = row_errors(before, problem.target, problem.given)
     energy = row_errors(np.zeros_like(before), problem.target, problem.given)
     least = _LEAST * float(energy.mean())
@@ -215,18 +293,17 @@ def polish(
     todo: list[_Row] = list(np.ndindex(*errors.shape)) if errors.sum() > least else []
     offers: dict[_Row, _Offers] = {}
     damping, optimal = 0.0, True
-    while todo and not budget.over:
-        for g, r in todo:
-            growable = ~problem.free[g, r]
-            scaled = problem.target[g, r] * problem.scale[g, 0]
-            tableau = _Tableau(problem.correlation[g], scaled, final[g, r], growable)
-            damping = max(damping, tableau.damping)
-            optimal &= _settle(tableau, sections, least, budget)
-            final[g, r] = tableau.kept
-            if sections is None:
-                offers[g, r] = (list(tableau.offers(True)), list(tableau.offers(False)))
-        todo = _exchange(final, offers, least, budget)
-    weight, used = refit(problem, final)
+    with RowPool(1 if swaps is not None else workers) as pool:
+        while todo and not budget.over:
+            visits = pool.map(partial(_visit, problem, final, sections, least, budget), todo)
+            for row, visit in zip(todo, visits, strict=True):
+                final[row] = visit.kept
+                damping = max(damping, visit.damping)
+                optimal &= visit.optimal
+                if sections is None:
+                    offers[row] = visit.offers
+            todo = _exchange(final, offers, least, budget)
+    weight, used = refit(problem, final, workers=workers)
     damping = max(first, damping, used)
     if row_errors(weight, problem.target, problem.given).sum() > errors.sum():
         return Polished(before, mask.copy(), damping, 0, False)
@@ -243,16 +320,36 @@ def _sections(cols: int, pattern: Pattern) -> NDArray[np.intp] | None:
     return section[:cols]
 
 
-def _settle(tableau: _Tableau, sections: NDArray[np.intp] | None, least: float, budget: _Budget) -> bool:
-    """Swap within a row while it pays; True where it ended 1-swap optimal."""
+def _visit(
+    problem: LayerProblem,
+    final: Bool,
+    sections: NDArray[np.intp] | None,
+    least: float,
+    budget: _Budget,
+    row: _Row,
+) -> _Visit:
+    """Swap within a row while it pays, then price what it could give to other rows and take from them."""
+    group, _ = row
+    kept = final[row]
+    if budget.over or (sections is not None and not kept.any()):
+        return _Visit(kept, not kept.any(), 0.0, ([], []))
+    target = problem.target[row] * problem.scale[group, 0]
+    make = partial(_Tableau, problem.correlation[group], target, growable=~problem.free[row])
+    tableau = make(kept=kept)
+    optimal, made = False, 0
     while not budget.over:
         change, drop, grow = tableau.best_swap(sections)
         if change >= -least:
-            return tableau.damping == 0.0
-        tableau.flip(drop)
-        tableau.flip(grow)
-        budget.made += 1
-    return False
+            optimal = tableau.damping == 0.0
+            break
+        if not budget.spend():
+            break
+        tableau.swap(drop, grow)
+        made += 1
+        if made % _FRESH == 0:
+            tableau = make(kept=tableau.kept)
+    offers: _Offers = tableau.offers() if sections is None else ([], [])
+    return _Visit(tableau.kept, optimal, tableau.damping, offers)
 
 
 def _exchange(final: Bool, offers: dict[_Row, _Offers], least: float, budget: _Budget) -> list[_Row]:
@@ -268,7 +365,8 @@ def _exchange(final: Bool, offers: dict[_Row, _Offers], least: float, budget: _B
         change, drop, grow = _cheapest_pair(prices)
         if change >= -least:
             break
-        budget.made += 1
+        if not budget.spend():
+            break
         for kind, at in enumerate((drop, grow)):
             row = rows[at]
             final[row][offers[row][kind][used[at]][0]] = kind == 1

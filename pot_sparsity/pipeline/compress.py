@@ -16,7 +16,7 @@ from pot_sparsity.pipeline.prepare import Prepared, layer_weights
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.runfolder import RunFolder
-from pot_sparsity.pipeline.sequential import WalkSettings, walk
+from pot_sparsity.pipeline.sequential import Walker, walk
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, prune_layers
 from pot_sparsity.recipe import Recipe
 from pot_sparsity.report.schema import Decision
@@ -86,53 +86,53 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
         return Compressed(model, solutions, zeros)
     best = Compressed(model, solutions, zeros)
     measure, reached = distance(current.metrics)
-    for what, settings in _attempts(around, reconstruct, when):
-        with recorder.stage("reconstruction and correction"):
-            candidate = model.copy()
-            result = walk(
-                around.prepared.model,
-                candidate,
-                around.dense,
-                solutions,
-                around.moments,
-                around.fit,
-                around.held_out,
-                around.engine,
-                recipe,
-                settings,
-                threads=around.threads,
-                folder=around.folder,
-                key=f"{key}/{what}",
-                progress=around.progress,
-            )
-        found = around.judge(candidate).metrics
-        recorder.measured("reconstruction and correction", current.metrics, found)
-        value = distance(found)[1]
-        kept = value < reached or when == "always"
-        recorder.decide(
-            Decision(
-                what=what,
-                kept=kept,
-                before=reached,
-                after=value,
-                measure=f"{measure} on held-out samples",
-                reason="" if kept else "the output moved away from the dense model's",
-            )
+    walkers = [
+        Walker(f"{key}/{what}", model.copy(), reconstruct, differential, dict(solutions), [])
+        for what, differential in _attempts(reconstruct, when)
+    ]
+    with recorder.stage("reconstruction and correction") as note:
+        walk(
+            around.prepared.model,
+            walkers,
+            around.dense,
+            around.moments,
+            around.fit,
+            around.held_out,
+            around.engine,
+            recipe,
+            threads=around.threads,
+            folder=around.folder,
+            progress=around.progress,
         )
-        if kept:
-            best, reached = Compressed(candidate, result.solutions, zeros), value
+        note.before = current.metrics
+        for walker in walkers:
+            what = walker.key.removeprefix(f"{key}/")
+            found = around.judge(walker.model).metrics
+            value = distance(found)[1]
+            kept = value < reached or when == "always"
+            recorder.decide(
+                Decision(
+                    what=what,
+                    kept=kept,
+                    before=reached,
+                    after=value,
+                    measure=f"{measure} on held-out samples",
+                    reason="" if kept else "the output moved away from the dense model's",
+                )
+            )
+            if kept:
+                best, reached, note.after = Compressed(walker.model, walker.solutions, zeros), value, found
     return best
 
 
-def _attempts(around: Surroundings, reconstruct: bool, when: str) -> list[tuple[str, WalkSettings]]:
-    size = around.recipe.calibration.batch_size
-    name = "sparse-input reconstruction" if reconstruct else "sequential pass"
+def _attempts(reconstruct: bool, when: str) -> list[tuple[str, bool]]:
+    """What is tried, and whether it corrects differentially."""
     attempts = []
     if reconstruct and when != "always":
-        attempts.append((name, WalkSettings(True, False, size)))
+        attempts.append(("sparse-input reconstruction", False))
     if when != "never":
-        what = f"{name} with differential correction" if reconstruct else "differential correction"
-        attempts.append((what, WalkSettings(reconstruct, True, size)))
+        name = "sparse-input reconstruction with " if reconstruct else ""
+        attempts.append((f"{name}differential correction", True))
     return attempts
 
 

@@ -107,11 +107,11 @@ class Evaluator:
 def distance(metrics: dict[str, float]) -> tuple[str, float]:
     """The label-free distance to the dense model that decisions are taken on, and what it is called.
 
-    Logit KL, else the share of detections without a counterpart (values of such outputs cannot be compared),
+    Logit KL, else the part of detections that do not overlap (values of such outputs cannot be compared),
     else output MSE.
     """
-    if "detection_agreement" in metrics:
-        return "detection_disagreement", 1.0 - metrics["detection_agreement"] / 100.0
+    if "detection_overlap" in metrics:
+        return "1 - detection overlap", 1.0 - metrics["detection_overlap"] / 100.0
     name = "logit_kl" if "logit_kl" in metrics else "output_mse"
     return name, metrics[name]
 

@@ -1,4 +1,4 @@
-"""The run directory: checked before anything is written, resumable, and never holding half a file under its name."""
+"""The run directory: checked before it is touched, resumable, and never with half a file under its name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class RunFolder:
     Raises
     ------
     OutputError
-        Not writable, a file, or not empty and neither ``resume`` nor ``force``. Nothing has been written then.
+        Not writable, a file, not empty and neither ``resume`` nor ``force``, or nothing to resume. Nothing has
+        been written then.
     """
 
     def __init__(self, path: Path | None, *, resume: bool = False, force: bool = False) -> None:
@@ -78,8 +79,8 @@ class RunFolder:
             run = bool(entries & {"report.json", "recipe.yaml", STATE, "model.onnx", "model.xml"})
             if run and not (self._resume or self._force):
                 raise OutputError(
-                    f"output folder {str(path)!r} already holds a run; use --resume to go on, --force to replace it, "
-                    "or another folder"
+                    f"output folder {str(path)!r} already holds a run; use --resume to go on, --force to replace "
+                    "it, or another folder"
                 )
             if entries and not run:
                 raise OutputError(
@@ -97,7 +98,8 @@ class RunFolder:
     def open(self, fingerprint: Mapping[str, object]) -> None:
         """Create the folder, or take up the state in it if it belongs to the same run.
 
-        ``fingerprint`` is everything that decides the result (model, data, recipe); a resumed run must match it.
+        ``fingerprint`` is everything that decides the result (model, data, recipe); a resumed run must match
+        it.
         """
         if self.path is None or self._created:
             return

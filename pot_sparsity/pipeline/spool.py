@@ -13,8 +13,8 @@ import numpy as np
 from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.pipeline.runfolder import writing
 
-#: Bytes that all spools of one process step keep in memory before they spill.
-MEMORY_BUDGET = 192 * 2**20
+#: Bytes that one spool keeps in memory before it spills to disk.
+MEMORY_BUDGET = 32 * 2**20
 
 
 class Spool:
@@ -23,7 +23,8 @@ class Spool:
     Parameters
     ----------
     budget
-        Bytes held in memory; further batches go to files in a temporary folder that vanishes on :meth:`close`.
+        Bytes held in memory; further batches go to files in a temporary folder that vanishes on
+        :meth:`close`.
     """
 
     def __init__(self, budget: int = MEMORY_BUDGET) -> None:

@@ -13,11 +13,20 @@ METRIC_TITLES = {
     "top5": "top-5 %",
     "agreement": "agreement %",
     "detection_agreement": "detection agreement %",
+    "detection_overlap": "detection overlap %",
     "logit_kl": "logit KL",
     "sqnr": "SQNR dB",
     "output_mse": "output MSE",
 }
-_DECIMALS = {"top1": 2, "top5": 2, "agreement": 2, "detection_agreement": 2, "logit_kl": 4, "sqnr": 1}
+_DECIMALS = {
+    "top1": 2,
+    "top5": 2,
+    "agreement": 2,
+    "detection_agreement": 2,
+    "detection_overlap": 2,
+    "logit_kl": 4,
+    "sqnr": 1,
+}
 
 
 def printable(text: str) -> str:

@@ -109,6 +109,19 @@ def test_inputs_that_never_vary_leave_the_dense_weight() -> None:
     assert relative(constant) == (0.0, 0.0)
 
 
+def test_inputs_that_vary_by_float32_rounding_only_leave_the_dense_weight() -> None:
+    dense, x, y = problem(8, 64)
+    x[:, 0] = 0.1 + np.arange(COLS) / 3.0
+    narrow = x.astype(np.float32)
+    accumulator = CrossMomentsAccumulator(MatMulGeometry(groups=GROUPS))
+    accumulator.update(narrow[:, :, None, :], y[:, :, None, :].astype(np.float32))
+    fit = accumulator.result()
+    assert np.count_nonzero(fit.inputs.centred[0]) == 0
+    found = sparse_target(dense, fit, None)
+    np.testing.assert_allclose(found.weight[0], dense[0], rtol=1e-9)
+    assert not np.allclose(found.weight[1], dense[1], rtol=1e-3)
+
+
 def test_a_direction_without_data_keeps_its_dense_weights() -> None:
     dense, x, y = problem(5, 200)
     x[:, :, 2] = 0.0

@@ -24,6 +24,7 @@ from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import Result, optimize
 from pot_sparsity.pipeline import int8 as pipeline_int8
 from pot_sparsity.pipeline.progress import Silent
+from pot_sparsity.quantization import quantize
 from pot_sparsity.recipe import Recipe, load_recipe, validate_recipe
 from pot_sparsity.report.io import read_report
 from pot_sparsity.report.schema import Report
@@ -381,7 +382,7 @@ def test_int8_that_drops_too_far_falls_back_to_an_earlier_iteration(
 ) -> None:
     """INT8 of the sparser model is made bad: the iteration before it is delivered."""
     seen: list[float] = []
-    genuine = pipeline_int8.quantize
+    genuine = quantize
 
     def spoiled(model: Any, *args: Any, **named: Any) -> Any:
         result = genuine(model, *args, **named)

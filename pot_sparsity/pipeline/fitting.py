@@ -1,0 +1,116 @@
+"""Fitting one layer during the walk: to the sparse model's inputs, then to the dense output's statistics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pot_sparsity.algorithms.arrays import Bool, Float64, Moments
+from pot_sparsity.algorithms.correction import differential_correction, output_statistics
+from pot_sparsity.algorithms.moments import CrossMoments
+from pot_sparsity.algorithms.pruning.problem import LayerProblem
+from pot_sparsity.algorithms.pruning.refit import refit
+from pot_sparsity.algorithms.reconstruction import RIDGE, sparse_target
+from pot_sparsity.pipeline.solve import DenseLayer, Solution, run_solver, shrunk, solver_options
+from pot_sparsity.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What the walk decided for one layer.
+
+    Attributes
+    ----------
+    layer
+        Its name.
+    blend
+        How far its target went from the dense weight (0) to the reconstructed one (1).
+    error_before, error_after
+        Relative error of both on held-out samples.
+    """
+
+    layer: str
+    blend: float
+    error_before: float
+    error_after: float
+
+    def pack(self) -> np.ndarray:
+        """The numbers as an array, for the run folder."""
+        return np.array([self.blend, self.error_before, self.error_after])
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Cross moments of one layer on the fit samples and, where there are any, the held-out ones."""
+
+    fit: CrossMoments
+    held_out: CrossMoments | None
+
+
+def fit_layer(
+    item: DenseLayer,
+    start: Solution,
+    dense_moments: Moments,
+    gathered: Gathered,
+    recipe: Recipe,
+    *,
+    reconstruct: bool,
+    differential: bool,
+) -> tuple[Solution, LayerDecision]:
+    """New weight and bias of one layer.
+
+    Parameters
+    ----------
+    item
+        The dense layer.
+    start
+        Its pruned weight; the mask is kept unless the recipe solves for it again.
+    dense_moments
+        Moments of its input in the dense model, on the fit samples.
+    gathered
+        Moments of its input in the sparse model against its output in the dense model.
+    reconstruct, differential
+        What is done; layers whose bias may not change are left alone.
+    """
+    begin = time.perf_counter()
+    weight, bias, old_bias = start.weight, start.biases[0], item.biases[0]
+    decision = LayerDecision(item.layer.name, 0.0, 0.0, 0.0)
+    damping = start.damping
+    if reconstruct and old_bias is not None:
+        weight, damping, decision = _reconstruct(item, start, gathered, recipe)
+        bias = gathered.fit.output_mean - np.einsum("grc,gc->gr", weight, gathered.fit.inputs.mean)
+    if differential and bias is not None and old_bias is not None:
+        weight, bias, _ = differential_correction(
+            weight,
+            bias,
+            output_statistics(item.weight, old_bias, dense_moments),
+            output_statistics(weight, bias, gathered.fit.inputs),
+            recipe.correction.clip,
+            scale=recipe.correction.scale,
+        )
+    seconds = start.seconds + time.perf_counter() - begin
+    return replace(start, weight=weight, biases=(bias,), damping=damping, seconds=seconds), decision
+
+
+def _reconstruct(
+    item: DenseLayer, start: Solution, gathered: Gathered, recipe: Recipe
+) -> tuple[Float64, float, LayerDecision]:
+    fit = gathered.fit
+    target = sparse_target(item.weight, fit, gathered.held_out, ridge=max(RIDGE, start.shrinkage))
+    second = shrunk(fit.inputs.centred, start.shrinkage)
+    if recipe.reconstruction.masks == "solved":
+        zeros = int(np.count_nonzero(start.weight == 0.0))
+        result = run_solver(recipe, solver_options(recipe), item.layer, target.weight, second, zeros)
+        weight, damping = result.weight, result.damping
+    else:
+        weight, damping = _on_mask(target.weight, second, start.mask)
+    decision = LayerDecision(item.layer.name, target.blend, target.error_before, target.error_after)
+    return weight, max(damping, start.damping), decision
+
+
+def _on_mask(target: Float64, second: Float64, mask: Bool) -> tuple[Float64, float]:
+    problem = LayerProblem.of(target, second)
+    weight, damping = refit(problem, mask)
+    return problem.result(weight, mask, damping).weight, damping

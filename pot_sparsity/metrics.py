@@ -48,6 +48,9 @@ class LabelMetric(Protocol):
 class TopK:
     """Percent of samples whose label is among the k highest scores.
 
+    Of a sequence output ``[N, T, classes]`` with labels ``[N, T]`` every position counts as a sample, except those
+    with a negative label.
+
     Of equal scores the class with the lower index ranks higher, so with k = 1 it agrees with ``argmax``. A
     sample whose scores hold a NaN is wrong.
     """
@@ -65,10 +68,13 @@ class TopK:
     def update(self, output: AnyArray, labels: AnyArray) -> None:
         """Add a batch; DataError where output or labels have the wrong shape, type or range."""
         scores = _class_scores(output)
+        if scores is not None and scores.ndim == 3 and labels.shape == scores.shape[:2]:
+            known = labels >= 0
+            scores, labels = scores[known], labels[known]
         if scores is None or scores.ndim != 2:
             raise DataError(
-                f"{self.name} needs an output of shape [N, classes], this model gives {list(output.shape)}: "
-                "use another metric or output"
+                f"{self.name} needs an output of shape [N, classes], or [N, T, classes] with labels [N, T], this "
+                f"model gives {list(output.shape)} and the labels are {list(labels.shape)}: leave the labels out"
             )
         number, classes = scores.shape
         if labels.shape != (number,) or not np.issubdtype(labels.dtype, np.integer):

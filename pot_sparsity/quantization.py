@@ -16,6 +16,7 @@ from itertools import islice
 import nncf
 import numpy as np
 import onnx
+import onnxruntime
 import openvino as ov
 from nncf.common.logging import nncf_logger
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
@@ -112,7 +113,7 @@ def _quantized(
                     ),
                 ),
             )
-        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError, RuntimeError) as error:
+        except Exception as error:  # NNCF lets through whatever its backends and their runtimes raise
             text = str(error).strip()
             why = text.splitlines()[0] if text else type(error).__name__
             raise ModelError(f"NNCF cannot quantize this model ({why}); run with --no-int8") from error
@@ -183,12 +184,14 @@ def _quiet() -> Iterator[None]:
     """Silence NNCF's bars and notices; warnings of the libraries below it are not the user's business."""
     level = nncf_logger.level
     nncf_logger.setLevel(logging.ERROR)
+    onnxruntime.set_default_logger_severity(4)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         nncf_logger.setLevel(level)
+        onnxruntime.set_default_logger_severity(2)
 
 
 def convert_to_openvino(model: Model) -> Model:
@@ -208,8 +211,9 @@ def convert_to_openvino(model: Model) -> Model:
     operators = {op.get_friendly_name(): op for op in converted.get_ops()}
     for name, op in operators.items():
         layer = name.removesuffix(_SPLIT)
-        if layer != name and layer in operators:
-            operators[layer].set_friendly_name(f"{layer}/Bias")
+        if layer != name:
+            if layer in operators:
+                operators[layer].set_friendly_name(f"{layer}/Bias")
             op.set_friendly_name(layer)
     result = load_model(converted)
     result.source = model.source

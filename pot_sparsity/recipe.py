@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.algorithms.arrays import Pattern
@@ -136,6 +136,23 @@ class QuantizationSettings(_Section):
     bias_correction: Literal["auto", "fast", "full"] = Field(
         "auto", description="NNCF's fast or full bias correction; auto: the better by the network's output"
     )
+    weights: Literal["nncf", "obq", "auto"] = Field(
+        "nncf",
+        description="nncf: round each weight to the nearest point; obq: place a layer's weights together on the same "
+        "grid, by the error of its output; auto: the better on held-out samples",
+    )
+    weight_bits: int = Field(
+        8,
+        ge=2,
+        le=8,
+        description="limit weights to 2^bits levels, stored as INT8; below 8 needs weights: obq",
+    )
+
+    @model_validator(mode="after")
+    def _fewer_levels_are_placed(self) -> QuantizationSettings:
+        if self.weight_bits < 8 and self.weights != "obq":
+            raise ValueError("weight_bits below 8 needs 'weights: obq'")
+        return self
 
 
 class Recipe(_Section):

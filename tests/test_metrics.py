@@ -80,7 +80,7 @@ def test_axes_of_size_one_do_not_count(shape: tuple[int, ...]) -> None:
         (
             np.zeros((2, 3, 4)),
             np.zeros(2, int),
-            r"needs an output of shape \[N, classes\], this model gives \[2, 3, 4\]",
+            r"needs an output of shape \[N, classes\], or .* this model gives \[2, 3, 4\] and the labels are",
         ),
         (np.zeros((2, 3), int), np.zeros(2, int), "needs an output of shape"),
         (np.zeros(2), np.zeros(2, int), "needs an output of shape"),
@@ -441,3 +441,12 @@ def test_samples_that_are_not_paired() -> None:
         paired_interval(np.zeros(2, np.bool_), np.zeros(3, np.bool_))
     with pytest.raises(ValueError, match="at least 2 samples"):
         paired_interval(np.zeros(1, np.bool_), np.zeros(1, np.bool_))
+
+
+def test_top1_of_sequences_counts_positions_and_skips_negative_labels() -> None:
+    scores = np.zeros((2, 3, 4), np.float32)
+    scores[0, 0, 1] = scores[0, 1, 2] = scores[1, 2, 3] = 1.0
+    metric = get_metric("top1")
+    metric.update(scores, np.array([[1, 3, -100], [-100, -1, 3]]))
+    assert metric.correct.tolist() == [True, False, True]
+    assert metric.result()["top1"] == pytest.approx(200.0 / 3)

@@ -1,30 +1,40 @@
 """ADMM pruning with an exact refit (ALPS): better than greedy elimination, and cheaper.
 
 Minimise ``1/2 tr((W - W*) H (W - W*)^T)`` over W that obeys the pattern: ``Z`` minimises the quadratic,
-``D`` obeys the pattern, ``V`` prices their difference. In columns scaled to ``diag H = 1`` and with ``H = Q
-diag(l) Q^T``::
+``D`` obeys the pattern, ``V`` prices their difference. In columns scaled to ``diag H = 1``::
 
-    Z = (W* H - V + rho D) Q diag(1 / (l + rho)) Q^T
+    Z = (W* H - V + rho D) (H + rho I)^-1
     D = project(Z + V / rho)
     V = V + rho (Z - D)
 
 ``rho`` grows a little in every iteration while the support moves (Meng et al., ALPS, arXiv 2406.07831,
 section 3, which grows it in large steps; small steps cost more iterations and lower the error by 1 to 2.5 %).
+The inverse is renewed every dozen iterations, by Cholesky in float32: that needs no eigendecomposition, and an
+iteration takes one product with a ``cols x cols`` matrix instead of two, at the same error.
+
+Restarts, which the paper does not have: from the best point, with the ``V`` that makes it stationary, a lower
+``rho`` shakes the support and ADMM settles again. Rows are independent but for the number of weights they
+share, so of the two points each row takes the one of less ``error + price * weights kept``, at the price that
+keeps the count.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from scipy.linalg.lapack import spotrf, spotri
 
 from pot_sparsity.algorithms.arrays import Bool, Float32, Float64, Pattern, PruningResult
 from pot_sparsity.algorithms.pruning.magnitude import magnitude_mask
+from pot_sparsity.algorithms.pruning.parallel import RowPool, slices
 from pot_sparsity.algorithms.pruning.problem import (
     DEFAULT_OPTIONS,
     UNSTRUCTURED,
     LayerProblem,
     SolverOptions,
+    row_errors,
 )
 from pot_sparsity.algorithms.pruning.projection import pattern_mask
 from pot_sparsity.algorithms.pruning.refit import refit
@@ -33,22 +43,70 @@ from pot_sparsity.algorithms.pruning.swap import polish
 # Growth of rho per iteration while at least this fraction of the kept weights moved.
 _GROWTH = ((0.1, 1.02), (0.005, 1.015), (0.0, 1.01))
 _ITERATIONS = 400
+# Iterations that share one inverse.
+_HOLD = 12
 # The support must stand still for this many iterations.
 _PATIENCE = 3
 # Layers that cost less than this many multiplications per iteration try several starting penalties.
 _CHEAP = 2e7
+# Layers that cost more than this let rho grow faster, up to three times.
+_DEAR = 6e9
 _RHO = (0.05,)
 _RHO_CHEAP = (0.01, 0.05, 0.2)
+# Penalties that restarts begin with, in turn: different ones shake different rows.
+_RHO_RESTART = (0.1, 0.06, 0.14)
+# With the polish ADMM is given this much more effort, and so many restarts.
+_POLISH_EFFORT = 2.0
+_POLISH_RESTARTS = 6
+# Rows per part, whatever the number of workers.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
-class _Spectrum:
-    """The scaled layer in float32, which is all that choosing a support needs, and H's eigenvectors."""
+class _Scaled:
+    """The layer with columns scaled to ``diag H = 1``, in float32, which is all that choosing a support needs."""
 
-    right: Float32
     start: Float32
-    values: Float32
-    vectors: Float32
+    second: Float32
+    right: Float32
+
+    @classmethod
+    def of(cls, problem: LayerProblem) -> _Scaled:
+        """Scale the layer."""
+        start, second = problem.target * problem.scale, problem.correlation
+        right = (start @ second).astype(np.float32)
+        return cls(start.astype(np.float32), second.astype(np.float32), right)
+
+    def inverse(self, rho: float) -> Float32:
+        """``(H + rho I)^-1`` of every group; negative eigenvalues of an indefinite H count as 0."""
+        full = np.empty_like(self.second)
+        for matrix, out in zip(self.second, full, strict=True):
+            damped = matrix.T.copy(order="F")
+            np.einsum("cc->c", damped)[...] += np.float32(rho)
+            factor, failed = spotrf(damped, lower=1, overwrite_a=1, clean=0)
+            if failed:
+                values, vectors = np.linalg.eigh(matrix.astype(np.float64))
+                out[...] = (vectors / (np.maximum(values, 0.0) + rho)) @ vectors.T
+                continue
+            half, _ = spotri(factor, lower=1, overwrite_c=1)
+            out[...] = np.tril(half)
+            out += np.tril(half, -1).T
+        return full
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A support, its refitted weights ``[groups, rows, cols]``, the damping and what each row costs."""
+
+    mask: Bool
+    weight: Float64
+    damping: float
+    errors: Float64
+
+    @property
+    def error(self) -> float:
+        """Layer error."""
+        return float(self.errors.sum())
 
 
 def admm(
@@ -61,82 +119,146 @@ def admm(
 ) -> PruningResult:
     """Choose the support by ADMM, refit it exactly, keep the best point seen (a :class:`Solver`).
 
-    Reads ``options.rho``, ``options.effort`` and the options of the polish.
+    Reads ``options.rho``, ``options.effort``, ``options.restarts``, ``options.workers`` and the options of
+    the polish. Very large layers let ``rho`` grow faster, which costs up to 2 % of error.
     """
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
-    groups, rows, cols = problem.target.shape
     easy = magnitude_mask(problem, zeros, pattern)
     if not (~easy & ~problem.free).any() or not easy.any():
-        return problem.result(*_with_mask(problem, easy))
-    cheap = groups * rows * cols**2 <= _CHEAP
-    spectrum = _spectrum(problem)
-    found = [
-        _best_mask(problem, spectrum, zeros, pattern, rho, options.effort)
-        for rho in options.rho or (_RHO_CHEAP if cheap else _RHO)
-    ]
-    if cheap:
-        score = np.where(problem.free, -1.0, (problem.target * problem.scale) ** 2)
-        found += [(easy, problem.target), (pattern_mask(score, zeros, pattern), problem.target)]
-    best = min(
-        (problem.result(*_with_mask(problem, mask, start)) for mask, start in found),
-        key=lambda result: result.error,
-    )
+        point = _point(problem, options, easy)
+        return problem.result(point.weight, point.mask, point.damping)
+    with RowPool(options.workers) as pool:
+        best = _search(problem, easy, zeros, pattern, options, pool)
+    result = problem.result(best.weight, best.mask, best.damping)
     if not options.polish:
-        return best
-    polished = polish(problem, best.mask, pattern, swaps=options.polish_swaps, seconds=options.polish_seconds)
-    result = problem.result(polished.weight, polished.mask, max(best.damping, polished.damping))
-    return result if result.error <= best.error else replace(best, damping=result.damping)
-
-
-def _with_mask(
-    problem: LayerProblem, mask: Bool, start: Float64 | None = None
-) -> tuple[Float64, Bool, float]:
-    weight, damping = refit(problem, mask, start)
-    return weight, mask, damping
-
-
-def _spectrum(problem: LayerProblem) -> _Spectrum:
-    """Scale the layer and decompose H; negative eigenvalues of an indefinite H count as 0."""
-    start = problem.target * problem.scale
-    values, vectors = np.linalg.eigh(problem.correlation)
-    return _Spectrum(
-        (start @ problem.correlation).astype(np.float32),
-        start.astype(np.float32),
-        np.maximum(values, 0.0).astype(np.float32)[:, None, :],
-        vectors.astype(np.float32),
+        return result
+    polished = polish(
+        problem,
+        best.mask,
+        pattern,
+        swaps=options.polish_swaps,
+        seconds=options.polish_seconds,
+        workers=options.workers,
     )
+    better = problem.result(polished.weight, polished.mask, max(best.damping, polished.damping))
+    return better if better.error <= result.error else replace(result, damping=better.damping)
 
 
-def _best_mask(
-    problem: LayerProblem, spectrum: _Spectrum, zeros: int, pattern: Pattern, rho: float, effort: float
+def _search(
+    problem: LayerProblem, easy: Bool, zeros: int, pattern: Pattern, options: SolverOptions, pool: RowPool
+) -> _Point:
+    """Best point of all starting penalties, then of the restarts."""
+    groups, rows, cols = problem.target.shape
+    cost = float(groups * rows * cols**2)
+    slow = options.effort * float(np.clip(_DEAR / cost, 1 / 3, 1.0))
+    pace = slow * (_POLISH_EFFORT if options.polish else 1.0)
+    layer = _Scaled.of(problem)
+    descend = partial(_descend, problem, layer, zeros, pattern, pool=pool)
+    point = partial(_point, problem, options)
+    found = [point(*descend(rho, pace)) for rho in options.rho or (_RHO_CHEAP if cost <= _CHEAP else _RHO)]
+    if cost <= _CHEAP:
+        found += [point(easy), point(pattern_mask(problem.saliency, zeros, pattern))]
+    best = min(found, key=lambda candidate: candidate.error)
+    restarts = _POLISH_RESTARTS if options.restarts is None and options.polish else options.restarts or 0
+    for turn in range(restarts):
+        penalty = _RHO_RESTART[turn % len(_RHO_RESTART)]
+        other = point(*descend(penalty, slow, start=best.weight))
+        mixed = _mixed(problem, best, other, zeros, pattern, options.workers)
+        best = min((best, other, mixed), key=lambda candidate: candidate.error)
+    return best
+
+
+def _point(problem: LayerProblem, options: SolverOptions, mask: Bool, start: Float64 | None = None) -> _Point:
+    """Refit a support and price its rows."""
+    weight, damping = refit(problem, mask, start, workers=options.workers)
+    return _Point(mask, weight, damping, row_errors(weight, problem.target, problem.given))
+
+
+def _descend(
+    problem: LayerProblem,
+    layer: _Scaled,
+    zeros: int,
+    pattern: Pattern,
+    rho: float,
+    pace: float,
+    *,
+    pool: RowPool,
+    start: Float64 | None = None,
 ) -> tuple[Bool, Float64]:
-    """Iterate from one starting penalty until the support stands still.
+    """Iterate from one penalty until the support stands still.
+
+    Without ``start`` from the dense weights; with it from those sparse weights, as a stationary point.
 
     Returns
     -------
     mask, weight
         The last support and the weights of the last iteration on it (unscaled), where the refit may start.
     """
-    blocked = problem.free
-    transposed = spectrum.vectors.swapaxes(1, 2)
-    sparse, dual = spectrum.start, np.zeros_like(spectrum.start)
-    mask: Bool = np.ones(sparse.shape, np.bool_)
-    still = 0
-    for _ in range(int(_ITERATIONS * effort)):
-        penalty = np.float32(rho)
-        rotated = (spectrum.right - dual + penalty * sparse) @ spectrum.vectors
-        rotated /= spectrum.values + penalty
-        dense = rotated @ transposed
-        candidate = dense + dual / penalty
-        score = candidate * candidate
-        score[blocked] = -1.0
+    parts = _parts(*layer.start.shape[:2])
+    sparse = layer.start if start is None else (start * problem.scale).astype(np.float32)
+    dual = np.zeros_like(sparse) if start is None else layer.right - sparse @ layer.second
+    candidate, score = np.empty_like(sparse), np.empty_like(sparse)
+    mask: Bool = sparse != 0.0
+    inverse, penalty, still = layer.second, np.float32(rho), 0
+
+    def step(part: tuple[slice, slice]) -> None:
+        dense = (layer.right[part] - dual[part] + penalty * sparse[part]) @ inverse[part[0]]
+        np.add(dense, dual[part] / penalty, out=candidate[part])
+        np.multiply(candidate[part], candidate[part], out=score[part])
+        score[part][problem.free[part]] = -1.0
+
+    for turn in range(int(_ITERATIONS * max(1.0, pace))):
+        if turn % _HOLD == 0:
+            penalty = np.float32(rho)
+            inverse = layer.inverse(rho)
+        pool.map(step, parts)
         before, mask = mask, pattern_mask(score, zeros, pattern)
         sparse = candidate * mask
-        dual += penalty * (dense - sparse)
+        # V + rho (Z - D), where Z + V / rho is the candidate.
+        dual = penalty * (candidate - sparse)
         moved = int(np.count_nonzero(mask & ~before)) / max(1, int(np.count_nonzero(mask)))
         still = still + 1 if moved == 0.0 else 0
         if still == _PATIENCE:
             break
-        rho *= next(factor for least, factor in _GROWTH if moved >= least) ** (1 / effort)
+        rho *= next(factor for least, factor in _GROWTH if moved >= least) ** (1 / pace)
     return mask, np.where(mask, sparse / problem.scale, 0.0)
+
+
+def _parts(groups: int, rows: int) -> list[tuple[slice, slice]]:
+    """Cut ``groups x rows`` into parts of about ``_ROWS`` rows; small groups stay whole, several to a part."""
+    if rows >= _ROWS or groups == 1:
+        return [(slice(group, group + 1), part) for group in range(groups) for part in slices(rows, _ROWS)]
+    return [(part, slice(None)) for part in slices(groups, _ROWS // rows)]
+
+
+def _mixed(
+    problem: LayerProblem, first: _Point, second: _Point, zeros: int, pattern: Pattern, workers: int
+) -> _Point:
+    """Each row from the point that serves it better, at the price per weight that keeps no more than are due.
+
+    The few weights that are then missing are grown where the gradient promises most.
+    """
+    gain = second.errors - first.errors
+    more = second.mask.sum(axis=2) - first.mask.sum(axis=2)
+    surplus = int(first.mask.sum()) - int(np.count_nonzero(pattern_mask(problem.saliency, zeros, pattern)))
+    low, high = 0.0, first.error / first.mask.sum() + float(np.abs(gain).max())
+    while more[gain + high * more < 0.0].sum() + surplus > 0:
+        high *= 2.0
+    for _ in range(50):
+        price = (low + high) / 2
+        if more[gain + price * more < 0.0].sum() + surplus > 0:
+            low = price
+        else:
+            high = price
+    taken = (gain + high * more < 0.0)[..., None]
+    chosen = np.where(taken, second.mask, first.mask)
+    weight = np.where(taken, second.weight, first.weight)
+    promise = ((problem.target - weight) @ problem.second / problem.scale) ** 2
+    promise /= max(float(promise.max()), 1e-300)
+    mask = pattern_mask(np.where(chosen, 2.0, np.where(problem.free, -1.0, promise)), zeros, pattern)
+    changed = (mask != chosen).any(axis=2)
+    again, damping = refit(problem, mask, weight, only=changed, workers=workers)
+    weight = np.where(changed[..., None], again, weight)
+    errors = row_errors(weight, problem.target, problem.given)
+    return _Point(mask, weight, max(damping, first.damping, second.damping), errors)

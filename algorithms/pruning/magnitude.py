@@ -36,7 +36,7 @@ def magnitude_refit(
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
     mask = magnitude_mask(problem, zeros, pattern)
-    weight, damping = refit(problem, mask)
+    weight, damping = refit(problem, mask, workers=options.workers)
     return problem.result(weight, mask, damping)
 
 

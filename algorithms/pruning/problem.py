@@ -33,6 +33,11 @@ class SolverOptions:
         choose.
     effort
         ADMM: how many times slower than usual the penalty grows (1 to 100); costs time, lowers the error.
+    restarts
+        ADMM: how many times the best point is shaken and settled again, each row keeping the better of the two
+        outcomes; None is none, or 6 with the polish.
+    workers
+        Threads over the rows of a layer; the result does not depend on it.
     polish
         ADMM and ExactOBS: end with the 1-swap polish (unstructured and ``n:m`` only).
     polish_swaps, polish_seconds
@@ -41,6 +46,8 @@ class SolverOptions:
 
     rho: tuple[float, ...] = ()
     effort: float = 1.0
+    restarts: int | None = None
+    workers: int = 1
     polish: bool = False
     polish_swaps: int | None = None
     polish_seconds: float | None = None
@@ -50,6 +57,10 @@ class SolverOptions:
             raise ValueError(f"rho must hold positive finite numbers, got {self.rho}")
         if not 1 <= self.effort <= 100:
             raise ValueError(f"effort must be between 1 and 100, got {self.effort}")
+        if self.restarts is not None and self.restarts < 0:
+            raise ValueError(f"restarts must not be negative, got {self.restarts}")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.polish_swaps is not None and self.polish_swaps < 0:
             raise ValueError(f"polish_swaps must not be negative, got {self.polish_swaps}")
         if self.polish_seconds is not None and not self.polish_seconds >= 0:
@@ -178,6 +189,11 @@ class LayerProblem:
         """The solving H with columns scaled to unit diagonal, ``[groups, cols, cols]``."""
         scale = self.scale
         return np.asarray(self.second / (scale * scale.swapaxes(1, 2)), np.float64)
+
+    @property
+    def saliency(self) -> Float64:
+        """What dropping each weight alone would cost, ``w_ij^2 H_jj``; -1 where it is free."""
+        return np.where(self.free, -1.0, (self.target * self.scale) ** 2)
 
     def check_zeros(self, zeros: int) -> None:
         """Raise ValueError where ``zeros`` is not in ``0 .. number of weights``."""

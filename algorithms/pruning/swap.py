@@ -100,15 +100,18 @@ class _Tableau:
 
     def _fill(self, target: Float64) -> None:
         """Sweep H on the support, from its Cholesky factor."""
+        rest = np.flatnonzero(~self.kept)
         rows = self.correlation[self.support]
+        cross = rows[:, rest]
         factor, self.damping = damped_cholesky(rows[:, self.support], 1.0)
-        root, _ = dtrtri(factor, lower=1)
-        inverse = root.T @ root
-        self.lines = np.asarray(rows.T @ inverse)
-        moved = np.where(self.kept, 0.0, target) @ self.lines
-        self.diagonal = 1.0 + self.damping - np.einsum("cs,sc->c", self.lines, rows)
+        root, _ = dtrtri(factor.T, lower=0)
+        inverse = root @ root.T
+        spread = cross.T @ inverse
+        moved = target[rest] @ spread
+        self.lines = np.empty((len(target), len(rows)))
+        self.lines[rest], self.lines[self.support] = spread, -inverse
+        self.diagonal[rest] += self.damping - np.einsum("es,se->e", spread, cross)
         self.diagonal[self.support] = -inverse.diagonal()
-        self.lines[self.support] = -inverse
         gap = target.copy()
         gap[self.support] = -moved
         self.state = np.asarray(gap @ self.correlation + self.damping * gap)
@@ -163,6 +166,8 @@ class _Tableau:
         order = np.argsort(-gains, kind="stable")[: np.count_nonzero(gains)]
         best = (0.0, -1, -1)
         inner = np.maximum(-self.diagonal[self.support], 1e-300)
+        if not self.support.size:
+            return best
         weight = self.state[self.support]
         cost, ratio = weight**2 / inner, weight / inner
         begin, width = 0, _FIRST

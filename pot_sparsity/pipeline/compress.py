@@ -104,7 +104,7 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
             folder=around.folder,
             progress=around.progress,
         )
-        note.before = current.metrics
+        note.before = note.after = current.metrics
         for walker in walkers:
             what = walker.key.removeprefix(f"{key}/")
             found = around.judge(walker.model).metrics

@@ -36,7 +36,7 @@ from pot_sparsity.metrics import METRICS, get_metric
 from pot_sparsity.pipeline.collect import collect_moments
 from pot_sparsity.pipeline.compress import Compressed, Surroundings, allocate, compress
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator, measure_latency
-from pot_sparsity.pipeline.int8 import quantize_best
+from pot_sparsity.pipeline.int8 import Placing, quantize_best
 from pot_sparsity.pipeline.moments_state import load_moments, store_moments
 from pot_sparsity.pipeline.prepare import Prepared, prepare
 from pot_sparsity.pipeline.progress import Progress, Silent
@@ -235,6 +235,7 @@ class _Run:
         self.judging = self.held_out or samples
         self.validation = validation or self.judging
         self._judge_of_int8: Evaluator | None = None
+        self._placing: Placing | None = None
         self._stack = ExitStack()
         self.watched = options.metric if self.validation.has_labels else "agreement"
 
@@ -264,9 +265,13 @@ class _Run:
             for text in prepared.warnings:
                 recorder.warn(text)
             dense = read_dense(prepared.model, prepared.layers)
-            allocate(
-                dense, self.recipe, self._sparsities()[-1]
-            )  # what it refuses is said before anything is written
+            zeros = sum(int((item.weight == 0).sum()) for item in dense)
+            if zeros > self.recipe.sparsity * sum(item.layer.size for item in dense):
+                recorder.warn(
+                    f"the model already has {zeros} zero weights, more than asked for: they stay zero"
+                )
+            # What it refuses is said before anything is written.
+            allocate(dense, self.recipe, self._sparsities()[-1])
         mark = {} if self.folder.path is None else self._fingerprint()
         self.folder.check_resumable(mark)
         with recorder.stage("moments"):
@@ -282,6 +287,7 @@ class _Run:
         else:
             judge = self._evaluator(self.judging, "Judging")
             stack.callback(judge.close)
+        self._placing = Placing(moments, judge, self.options.threads)
         self.folder.open(mark)
         store_moments(self.folder, "moments", moments)
         store_moments(self.folder, "held-out moments", held)
@@ -329,6 +335,7 @@ class _Run:
         )
 
     def _evaluator(self, dataset: Dataset, what: str) -> Evaluator:
+        """Judging takes moments and happens often: only validation shows a bar."""
         names = dict.fromkeys((self.options.metric, *METRICS))
         return Evaluator(
             self.engine,
@@ -336,7 +343,7 @@ class _Run:
             self.original,
             tuple(names),
             self.recipe.calibration.batch_size,
-            self.progress,
+            self.progress if dataset is self.validation else Silent(),
             what,
         )
 
@@ -451,11 +458,13 @@ class _Run:
         return self._judge_of_int8
 
     def _int8(self, model: Model, what: str) -> Model:
+        assert self._placing is not None
         return quantize_best(
             model,
             self.samples,
             self.recipe.quantization,
             self._int8_judge(),
+            placing=self._placing,
             ignored_scope=self.options.ignored_scope,
             what=what,
             recorder=self.recorder,

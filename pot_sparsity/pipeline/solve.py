@@ -108,6 +108,10 @@ def run_solver(
     try:
         return solver(target, second, zeros, layer_pattern(recipe, layer), options=options)
     except (ValueError, np.linalg.LinAlgError) as error:
+        if isinstance(error, ValueError) and recipe.pruning.pattern != "unstructured":
+            raise RecipeError(
+                f"layer {layer.name!r}: {error}; choose another pattern or leave the layer dense with --ignored-name"
+            ) from error
         raise PotSparsityError(f"layer {layer.name!r}: {error}") from error
 
 

@@ -19,7 +19,12 @@ from pot_sparsity.algorithms.pruning.problem import layer_error
 from pot_sparsity.algorithms.quantization.descent import descend
 from pot_sparsity.algorithms.quantization.gptq import round_columns
 from pot_sparsity.algorithms.quantization.grid import Grid, Integers
-from pot_sparsity.algorithms.quantization.problem import DEFAULT_OPTIONS, GridProblem
+from pot_sparsity.algorithms.quantization.problem import (
+    DEFAULT_OPTIONS,
+    GridProblem,
+    QuantizedResult,
+    QuantizerOptions,
+)
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.graph.chains import chain_of, constant_value, evaluate
 from pot_sparsity.graph.discovery import find_layers
@@ -33,6 +38,10 @@ from pot_sparsity.pipeline.solve import SCARCE, shrunk
 _ROUNDING = 0.55
 #: Added to the diagonal of H, relative to its mean, where samples are scarce.
 _RIDGE = 0.01
+#: Multiplications that factors of a layer may take; beyond that 8 bits start from NNCF's own integers.
+_FACTOR_BUDGET = 1e11
+#: Sweeps of the descent in that case.
+_WIDE_SWEEPS = 10
 #: Coarser grids inside INT8 start at this share of the widest one.
 _NARROWEST = 0.3
 _QUANTIZERS = frozenset({"FakeQuantize", "QuantizeLinear", "DequantizeLinear", "Identity", "Convert"})
@@ -198,24 +207,36 @@ def input_factor(sparse: Graph, quantized: Graph, layer: Layer) -> Float64 | Non
 def _place(task: _Task, bits: int) -> _Placed:
     moments, layer = task.moments, task.layer
     second = moments.centred if all(bias is not None for bias in task.biases) else moments.second
-    if moments.count < SCARCE * layer.cols:
-        second = shrunk(second, _RIDGE)
+    trusted = shrunk(second, _RIDGE) if moments.count < SCARCE * layer.cols else second
     try:
-        problem = GridProblem.of(task.target, second)
-        integers, grid, damping = round_columns(problem, candidates(task.stored, bits), DEFAULT_OPTIONS)
-        integers, grid = descend(problem, integers, grid, DEFAULT_OPTIONS)
-        solved = problem.result(integers, grid, damping)
+        solved = _solve(GridProblem.of(task.target, trusted), task.stored, bits)
     except (ValueError, np.linalg.LinAlgError) as error:
         raise PotSparsityError(f"layer {layer.name!r}: {error}") from error
     old = task.stored.integers * task.stored.scale[..., None]
+    keep = bits == 8 and layer_error(old, task.target, trusted) <= solved.error
+    new, biases = old if keep else solved.weight, task.biases
+    if not keep:
+        moved = np.einsum("grc,gc->gr", old - new, moments.mean)
+        biases = tuple(None if bias is None else bias + moved for bias in biases)
     energy = layer_error(np.zeros_like(old), task.target, second)
-    nearest = layer_error(old, task.target, second)
-    before = nearest / energy if energy > 0 else 0.0
-    if bits == 8 and nearest <= solved.error:
-        return _Placed(old, task.biases, Placement(layer.name, before, before))
-    moved = np.einsum("grc,gc->gr", old - solved.weight, moments.mean)
-    biases = tuple(None if bias is None else bias + moved for bias in task.biases)
-    return _Placed(solved.weight, biases, Placement(layer.name, before, solved.relative_error))
+    before, after = (
+        layer_error(weight, task.target, second) / energy if energy > 0 else 0.0 for weight in (old, new)
+    )
+    return _Placed(new, biases, Placement(layer.name, before, after))
+
+
+def _solve(problem: GridProblem, stored: StoredGrid, bits: int) -> QuantizedResult:
+    """Ordered rounding where its factors are affordable, then coordinate descent."""
+    grids = candidates(stored, bits)
+    kept = problem.mask.sum(axis=-1).astype(np.float64)
+    cost = float((kept[kept < problem.mask.shape[-1]] ** 3).sum()) / 6
+    if bits == 8 and cost > _FACTOR_BUDGET:
+        options = QuantizerOptions(sweeps=_WIDE_SWEEPS)
+        integers, grid = descend(problem, stored.integers, grids[0], options)
+        return problem.result(integers, grid, 0.0)
+    integers, grid, damping = round_columns(problem, grids, DEFAULT_OPTIONS)
+    integers, grid = descend(problem, integers, grid, DEFAULT_OPTIONS)
+    return problem.result(integers, grid, damping)
 
 
 def candidates(stored: StoredGrid, bits: int) -> list[Grid]:

@@ -131,6 +131,52 @@ def shared_net() -> onnx.ModelProto:
     return proto(nodes, constants, ["n", 7])
 
 
+def two_inputs() -> onnx.ModelProto:
+    """Two inputs that meet in a sum."""
+    constants = {"w": normal(41, 6, 5), "v": normal(42, 4, 5), "u": normal(43, 5, 3)}
+    nodes = [
+        node("MatMul", ["x", "w"], "a"),
+        node("MatMul", ["z", "v"], "b"),
+        node("Add", ["a", "b"], "sum"),
+        node("Tanh", ["sum"], "tanh"),
+        node("MatMul", ["tanh", "u"], "y"),
+    ]
+    model = proto(nodes, constants, ["n", 6])
+    model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 4]))
+    return model
+
+
+def transposed() -> onnx.ModelProto:
+    """Down and up again; the output is a picture, not class scores."""
+    constants = {
+        "w": normal(44, 6, 3, 3, 3, scale=0.3),
+        "t": normal(45, 6, 4, 3, 3, scale=0.3),
+        "b": normal(46, 4),
+        "v": normal(47, 8, 4, 3, 3, scale=0.3),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], "a", strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("Relu", ["a"], "r"),
+        node("ConvTranspose", ["r", "t", "b"], "d", strides=[2, 2], pads=[1] * 4, output_padding=[1, 1]),
+        node("Relu", ["d"], "e"),
+        node("Conv", ["e", "v"], "y"),
+    ]
+    return proto(nodes, constants, ["n", 3, 8, 8])
+
+
+def one_dimension() -> onnx.ModelProto:
+    """1-D convolutions, padded automatically, grouped and dilated."""
+    constants = {"w": normal(48, 6, 3, 3), "v": normal(49, 8, 3, 3)}
+    nodes = [
+        node("Conv", ["x", "w"], "a", auto_pad="SAME_UPPER"),
+        node("Relu", ["a"], "r"),
+        node("Conv", ["r", "v"], "d", group=2, dilations=[2]),
+        node("GlobalAveragePool", ["d"], "p"),
+        node("Flatten", ["p"], "y"),
+    ]
+    return proto(nodes, constants, ["n", 3, 12])
+
+
 def images(count: int, seed: int = 0) -> Float32:
     """Ready samples of the networks that take images, smooth so that inputs correlate."""
     noise = normal(100 + seed, count, 3, 8, 8)

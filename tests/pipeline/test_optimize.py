@@ -24,6 +24,7 @@ from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import Result, optimize
 from pot_sparsity.pipeline import int8 as pipeline_int8
 from pot_sparsity.pipeline.progress import Silent
+from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.quantization import quantize
 from pot_sparsity.recipe import Recipe, load_recipe, validate_recipe
 from pot_sparsity.report.io import read_report
@@ -35,11 +36,14 @@ from tests.pipeline.nets import (
     images,
     labelled,
     normal,
+    one_dimension,
     plain_net,
     run_onnx,
     run_openvino,
     shared_net,
     to_ir,
+    transposed,
+    two_inputs,
 )
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -258,6 +262,62 @@ def test_pruning_beats_magnitude_and_the_walk_does_no_harm() -> None:
     assert distances[1] < 0.5 * distances[0]
 
 
+def test_zeros_that_were_there_stay_and_are_said() -> None:
+    model = conv_net()
+    tensor = next(value for value in model.graph.initializer if value.name == "w3")
+    array = numpy_helper.to_array(tensor).copy()
+    array[:6] = 0.0
+    tensor.CopyFrom(numpy_helper.from_array(array, "w3"))
+    few = quick(model, recipe=settings(0.2)).report
+    assert few.zeros == 6 * 72
+    assert any("already has 432 zero weights, more than asked for" in text for text in few.warnings)
+    more = quick(model, recipe=settings(0.6))
+    assert more.report.warnings == []
+    assert_true(more.report, more.model)
+
+
+NETS: dict[str, tuple[Any, Any]] = {
+    "two inputs": (two_inputs, {"x": normal(5, 40, 6), "z": normal(6, 40, 4)}),
+    "transposed": (transposed, images(30)),
+    "one dimension": (one_dimension, normal(4, 30, 3, 12)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("keep_structure", [False, True])
+def test_other_networks(name: str, keep_structure: bool) -> None:
+    build, samples = NETS[name]
+    recipe = settings(0.5, quantization=int8(8))
+    result = quick(build(), samples, recipe=recipe, keep_structure=keep_structure)
+    assert_true(result.report, result.sparse_model)
+    assert result.report.variants[-1].name == "sparse_int8"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"calibration": {"holdout": 0.0}},
+        {"calibration": {"max_positions": 7}},
+        {"calibration": {"batch_size": 5}},
+        {"correction": {"bias": False, "differential": "always"}},
+        {"schedule": {"kind": "one_shot", "max_drop": 100.0}},
+    ],
+)
+def test_other_settings(sections: dict[str, Any]) -> None:
+    result = quick(recipe=settings(0.5, **sections))
+    assert_true(result.report, result.model)
+
+
+def test_samples_that_are_all_zero_are_survived() -> None:
+    result = quick(calibration=np.zeros((20, 3, 8, 8), np.float32))
+    assert_true(result.report, result.model)
+
+
+def test_a_target_below_the_schedules_start() -> None:
+    report = quick(recipe=settings(0.05, schedule={"kind": "cubic", "iterations": 2})).report
+    assert [item.sparsity for item in report.iterations] == [0.05] * 3
+
+
 def test_shared_weights_are_pruned_once() -> None:
     result = quick(shared_net(), normal(3, 60, 7))
     assert [layer.name for layer in result.report.layers] == ["m0", "m1", "y"]
@@ -422,13 +482,15 @@ def test_the_recipe_of_the_paper(tmp_path: Path) -> None:
 
 
 class Stop(Silent):
-    """Interrupts the run after some units of one step."""
+    """Interrupts the run after some units of one step; 0 units are all that there are."""
 
     def __init__(self, step: str, units: int) -> None:
         self._step, self._units, self._current = step, units, ""
 
     def start(self, step: str, total: int | None) -> None:
         self._current = step
+        if step == self._step and self._units == 0:
+            self._units = total or 1
 
     def advance(self, units: int = 1) -> None:
         if self._current == self._step:
@@ -459,14 +521,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, step:
 def test_a_resumed_run_computes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        quick(output=out, threads=1, progress=Stop("Fitting layers in sequence", 10))
+        quick(output=out, threads=1, progress=Stop("Fitting layers in sequence", 0))
 
     def never(*args: object, **named: object) -> None:
         raise AssertionError("computed again")
 
     monkeypatch.setitem(optimize.__globals__, "collect_moments", never)
-    monkeypatch.setattr("pot_sparsity.pipeline.solve._prune", never)
-    monkeypatch.setattr("pot_sparsity.pipeline.sequential._solve", never)
+    monkeypatch.setattr(RunFolder, "store", never)
     assert quick(output=out, threads=1, resume=True).report.status == "done"
 
 

@@ -37,6 +37,7 @@ _METHODS: tuple[tuple[str, str, QuantizerOptions], ...] = (
     ("obq_descent", "obq_descent", QuantizerOptions()),
     ("gptq_descent, columns, damping 0.01", "gptq_descent", _REFERENCE),
     ("gptq_descent", "gptq_descent", QuantizerOptions()),
+    ("best_descent", "best_descent", QuantizerOptions()),
     ("gptq_descent, scales refitted", "gptq_descent", QuantizerOptions(refit_scale=True)),
 )
 

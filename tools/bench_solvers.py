@@ -2,6 +2,9 @@
 
 Prints one JSON line per layer, method and sparsity. Ratios are to the textbook on the same layer and process.
 ``cpu_seconds`` (all threads together) depends less than ``seconds`` on what else the machine does.
+
+With ``--model`` and ``--calibration`` the layers are the convolutions of a network with the moments of its own
+inputs; ratios are to the package's ExactOBS, and a last line per method and sparsity gives their median.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,15 +23,37 @@ from typing import TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern
+from pot_sparsity.algorithms.arrays import Bool, ConvGeometry, Float64, Pattern
+from pot_sparsity.algorithms.pruning.exact_obs import exact_obs
 from pot_sparsity.algorithms.pruning.problem import LayerProblem, SolverOptions
 from pot_sparsity.algorithms.pruning.projection import top_k_mask
 from pot_sparsity.algorithms.pruning.refit import refit
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
+from pot_sparsity.data import load_dataset, load_preprocess
+from pot_sparsity.engines import get_engine
+from pot_sparsity.graph.layers import pattern_stride
+from pot_sparsity.graph.load import load_model
+from pot_sparsity.pipeline.collect import collect_moments
+from pot_sparsity.pipeline.prepare import prepare
+from pot_sparsity.pipeline.progress import Silent
+from pot_sparsity.pipeline.reporting import input_specs
+from pot_sparsity.pipeline.solve import read_dense
+from pot_sparsity.recipe import load_recipe
 
 _FIELD = 16
 _POSITIONS = 64
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BenchLayer:
+    """A layer to solve; ``real`` ones come from a network."""
+
+    name: str
+    target: Float64
+    second: Float64
+    stride: int = 1
+    real: bool = False
 
 
 def make_layer(rows: int, cols: int, samples: int, seed: int) -> tuple[Float64, Float64]:
@@ -106,60 +132,126 @@ def timed(call: Callable[[], T], repeats: int) -> tuple[T, float, float]:
     return result, statistics.median(seconds), statistics.median(busy)
 
 
-def report(
-    name: str, target: Float64, second: Float64, arguments: argparse.Namespace
-) -> Iterator[dict[str, object]]:
+def report(layer: BenchLayer, arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One record per method and sparsity."""
-    rows, cols = target.shape
-    layer = {"layer": name, "rows": rows, "cols": cols, "pattern": str(arguments.pattern)}
-    weights, moments = target[None], second[None]
-    reference: dict[float, tuple[float, float]] = {}
-    if arguments.textbook and arguments.pattern.kind == "unstructured":
-        problem = LayerProblem.of(weights, moments)
-        for sparsity in arguments.sparsity:
-            # Rows differ in how much they lose: no row of these layers needs 1.5 times the mean.
-            steps = min(cols, int(np.ceil(cols * sparsity * 1.5)))
-            trace, full, full_busy = timed(partial(textbook_trace, target, second, steps), 1)
-            mask = textbook_mask(trace, (rows, cols), round(sparsity * target.size))[None]
-            error = problem.result(refit(problem, mask)[0], mask, 0.0).relative_error
-            reference[sparsity] = (error, full_busy)
-            yield layer | {
-                "method": "textbook", "sparsity": sparsity, "relative_error": error, "seconds": full,
-                "cpu_seconds": full_busy, "steps": steps,
-            }  # fmt: skip
+    groups, rows, cols = layer.target.shape
+    pattern = replace(arguments.pattern, stride=layer.stride)
+    about: dict[str, object] = {
+        "layer": layer.name, "groups": groups, "rows": rows, "cols": cols, "pattern": str(pattern)
+    }  # fmt: skip
     options = SolverOptions(
-        effort=arguments.effort, polish=arguments.polish, polish_seconds=arguments.polish_seconds
+        effort=arguments.effort,
+        restarts=arguments.restarts,
+        workers=arguments.workers,
+        polish=arguments.polish,
+        polish_seconds=arguments.polish_seconds,
     )
-    pattern = arguments.pattern
-    for method in arguments.method:
-        for sparsity in arguments.sparsity:
-            zeros = round(sparsity * target.size)
+    for sparsity in arguments.sparsity:
+        zeros = round(sparsity * layer.target.size)
+        reference: tuple[float, float] | None = None
+        if layer.real:
+            plain = partial(exact_obs, layer.target, layer.second, zeros, pattern)
+            result, _, busy = timed(plain, 1)
+            reference = result.relative_error, busy
+        elif arguments.textbook and pattern.kind == "unstructured":
+            record = about | textbook_record(layer, sparsity)
+            reference = float(str(record["relative_error"])), float(str(record["cpu_seconds"]))
+            yield record
+        for method in arguments.method:
             result, seconds, busy = timed(
-                partial(SOLVERS[method], weights, moments, zeros, pattern, options=options),
+                partial(SOLVERS[method], layer.target, layer.second, zeros, pattern, options=options),
                 arguments.repeats,
             )
-            record = layer | {
+            record = about | {
                 "method": method, "sparsity": sparsity, "polish": arguments.polish, "damping": result.damping,
                 "reached": float(np.mean(~result.mask)), "relative_error": result.relative_error,
-                "effort": arguments.effort, "seconds": seconds, "cpu_seconds": busy,
+                "effort": arguments.effort, "workers": arguments.workers, "seconds": seconds,
+                "cpu_seconds": busy,
             }  # fmt: skip
-            if sparsity in reference:
-                error, textbook_busy = reference[sparsity]
+            if reference and reference[0] > 0:
                 record |= {
-                    "error_ratio": result.relative_error / error,
-                    "cpu_speedup": textbook_busy / busy,
+                    "error_ratio": result.relative_error / reference[0],
+                    "cpu_speedup": reference[1] / max(busy, 1e-9),
                 }
             yield record
 
 
-def layers(arguments: argparse.Namespace) -> Iterator[tuple[str, Float64, Float64]]:
+def textbook_record(layer: BenchLayer, sparsity: float) -> dict[str, object]:
+    """Error and time of the textbook form on a layer of one group."""
+    target, second = layer.target[0], layer.second[0]
+    # Rows differ in how much they lose: no row of these layers needs 1.5 times the mean.
+    steps = min(target.shape[1], int(np.ceil(target.shape[1] * sparsity * 1.5)))
+    trace, seconds, busy = timed(partial(textbook_trace, target, second, steps), 1)
+    shape = (target.shape[0], target.shape[1])
+    mask = textbook_mask(trace, shape, round(sparsity * target.size))[None]
+    problem = LayerProblem.of(layer.target, layer.second)
+    error = problem.result(refit(problem, mask)[0], mask, 0.0).relative_error
+    return {
+        "method": "textbook", "sparsity": sparsity, "relative_error": error, "seconds": seconds,
+        "cpu_seconds": busy, "steps": steps,
+    }  # fmt: skip
+
+
+def medians(records: Sequence[dict[str, object]]) -> Iterator[dict[str, object]]:
+    """Median error ratio over the layers of a network, per method and sparsity."""
+    ratios: dict[tuple[str, float], list[float]] = {}
+    for record in records:
+        if "error_ratio" in record:
+            key = str(record["method"]), float(str(record["sparsity"]))
+            ratios.setdefault(key, []).append(float(str(record["error_ratio"])))
+    for (method, sparsity), found in ratios.items():
+        yield {
+            "layers": len(found), "method": method, "sparsity": sparsity,
+            "median_error_ratio": statistics.median(found), "worst_error_ratio": max(found),
+        }  # fmt: skip
+
+
+def network_layers(arguments: argparse.Namespace) -> Iterator[BenchLayer]:
+    """Convolutions of the network with the moments of their own inputs, as the pipeline collects them."""
+    recipe, engine = load_recipe(), get_engine(arguments.engine, arguments.workers)
+    original = load_model(arguments.model)
+    samples = load_dataset(
+        arguments.calibration,
+        input_specs(original),
+        load_preprocess(arguments.preprocess),
+        samples=arguments.images,
+        seed=arguments.seed,
+    )
+    prepared = prepare(original, recipe, engine, samples, ignored_scope=None, keep_structure=False)
+    chosen = [
+        item
+        for item in read_dense(prepared.model, prepared.layers)
+        if isinstance(item.layer.places[0].geometry, ConvGeometry)
+    ]
+    moments = collect_moments(
+        prepared.model,
+        [item.layer for item in chosen],
+        engine,
+        samples,
+        batch_size=recipe.calibration.batch_size,
+        threads=arguments.workers,
+        max_positions=recipe.calibration.max_positions,
+        progress=Silent(),
+    )
+    for item in chosen:
+        found = moments[item.layer.name]
+        second = found.centred if item.free_bias else found.second
+        yield BenchLayer(item.layer.name, item.weight, second, pattern_stride(item.layer), real=True)
+
+
+def layers(arguments: argparse.Namespace) -> Iterator[BenchLayer]:
+    """All layers asked for."""
     for path in arguments.layer:
         with np.load(path, allow_pickle=False) as arrays:
-            yield path.stem, arrays["W"].astype(np.float64), arrays["H"].astype(np.float64)
+            yield BenchLayer(
+                path.stem, arrays["W"].astype(np.float64)[None], arrays["H"].astype(np.float64)[None]
+            )
     for shape in arguments.shape:
         rows, cols = (int(part) for part in shape.split("x"))
         weight, second = make_layer(rows, cols, arguments.samples, arguments.seed)
-        yield shape, weight, second
+        yield BenchLayer(shape, weight[None], second[None])
+    if arguments.model is not None:
+        yield from network_layers(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -180,6 +272,15 @@ def parser() -> argparse.ArgumentParser:
         "--pattern", type=Pattern.parse, default=Pattern(), help="unstructured, 2:4, block:4, ..."
     )
     options.add_argument("--effort", type=float, default=1.0, help="admm: how much slower rho grows")
+    options.add_argument("--restarts", type=int, default=None, help="admm: times to shake and settle again")
+    options.add_argument("--workers", type=int, default=1, help="threads over rows")
+    options.add_argument("--model", type=Path, default=None, help="network whose convolutions to solve")
+    options.add_argument("--calibration", type=Path, default=None, help="its calibration data")
+    options.add_argument(
+        "--preprocess", type=Path, default=None, help="what its images go through (YAML or JSON)"
+    )
+    options.add_argument("--images", type=int, default=256, help="calibration samples to use")
+    options.add_argument("--engine", default="openvino", help="what runs the network")
     options.add_argument("--repeats", type=int, default=3, help="runs behind each median")
     options.add_argument(
         "--polish", action="store_true", help="end admm and exact_obs with the 1-swap polish"
@@ -192,13 +293,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    arguments = parser().parse_args()
-    if not arguments.layer and not arguments.shape:
+    options = parser()
+    arguments = options.parse_args()
+    if (arguments.model is None) != (arguments.calibration is None):
+        options.error("--model and --calibration go together")
+    if not arguments.layer and not arguments.shape and arguments.model is None:
         arguments.shape = ["64x576"]
     arguments.method = arguments.method or list(SOLVERS)
-    for name, target, second in layers(arguments):
-        for record in report(name, target, second, arguments):
+    records: list[dict[str, object]] = []
+    for layer in layers(arguments):
+        for record in report(layer, arguments):
             print(json.dumps(record), flush=True)
+            records += [record] if layer.real else []
+    for record in medians(records):
+        print(json.dumps(record), flush=True)
     return 0
 
 

@@ -54,10 +54,10 @@ _DEAR = 6e9
 _RHO = (0.05,)
 _RHO_CHEAP = (0.01, 0.05, 0.2)
 # Penalties that restarts begin with, in turn: different ones shake different rows.
-_RHO_RESTART = (0.1, 0.06, 0.14)
+_RHO_RESTART = (0.1, 0.14)
 # With the polish ADMM is given this much more effort, and so many restarts.
 _POLISH_EFFORT = 2.0
-_POLISH_RESTARTS = 6
+_POLISH_RESTARTS = 10
 # Rows per part, whatever the number of workers.
 _ROWS = 64
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern, PruningResult
 from pot_sparsity.algorithms.pruning.obs_trace import trace_blocks, trace_weights
+from pot_sparsity.algorithms.pruning.parallel import RowPool
 from pot_sparsity.algorithms.pruning.problem import DEFAULT_OPTIONS, UNSTRUCTURED, LayerProblem, SolverOptions
 from pot_sparsity.algorithms.pruning.projection import block_count, pattern_index, top_k_mask
-from pot_sparsity.algorithms.pruning.refit import damped_cholesky, refit
+from pot_sparsity.algorithms.pruning.refit import damped_inverse, refit
 from pot_sparsity.algorithms.pruning.swap import polish
 
 # A row is first traced this much further than the layer's mean sparsity asks for.
@@ -68,37 +69,46 @@ def exact_obs(
     layout = _Layout(pattern_index(cols, size, pattern.stride), cols)
     inverses, damping = [], 0.0
     for matrix in problem.second:
-        factor, used = damped_cholesky(matrix, float(np.trace(matrix)) / cols)
-        root = np.linalg.inv(factor)
-        inverses.append(layout.matrix(root.T @ root))
+        inverse, used = damped_inverse(matrix)
+        inverses.append(layout.matrix(inverse))
         damping = max(damping, used)
     start = np.where(problem.free, 0.0, problem.target)
-    mask = (
-        _prune_groups(start, inverses, layout, pattern.n)
-        if pattern.kind == "n:m"
-        else _prune_blocks(start, inverses, layout, zeros)
-    )
-    weight, used = refit(problem, mask)
+    with RowPool(options.workers) as pool:
+        mask = (
+            _prune_groups(start, inverses, layout, pattern.n, pool)
+            if pattern.kind == "n:m"
+            else _prune_blocks(start, inverses, layout, zeros, pool)
+        )
+    weight, used = refit(problem, mask, workers=options.workers)
     result = problem.result(weight, mask, max(damping, used))
     if not options.polish:
         return result
-    polished = polish(problem, mask, pattern, swaps=options.polish_swaps, seconds=options.polish_seconds)
+    polished = polish(
+        problem,
+        mask,
+        pattern,
+        swaps=options.polish_swaps,
+        seconds=options.polish_seconds,
+        workers=options.workers,
+    )
     better = problem.result(polished.weight, polished.mask, max(result.damping, polished.damping))
     return better if better.error <= result.error else replace(result, damping=better.damping)
 
 
-def _prune_groups(start: Float64, inverses: list[Float64], layout: _Layout, keep: int) -> Bool:
+def _prune_groups(start: Float64, inverses: list[Float64], layout: _Layout, keep: int, pool: RowPool) -> Bool:
     """``n:m``: every row runs until each group has lost ``m - n``; no choice is left between rows."""
     count, size = layout.index.shape
     steps = count * (size - keep)
     mask = np.ones((*start.shape[:-1], layout.cols + 1), np.bool_)
     for group, inverse in enumerate(inverses):
-        order, _ = trace_weights(layout.weights(start[group]), inverse, steps, (size, size - keep))
+        order, _ = trace_weights(layout.weights(start[group]), inverse, steps, (size, size - keep), pool)
         np.put_along_axis(mask[group], layout.index.ravel()[order], False, axis=1)
     return mask[..., : layout.cols]
 
 
-def _prune_blocks(start: Float64, inverses: list[Float64], layout: _Layout, zeros: int) -> Bool:
+def _prune_blocks(
+    start: Float64, inverses: list[Float64], layout: _Layout, zeros: int, pool: RowPool
+) -> Bool:
     """Unstructured and ``block:c``: trace every row, then threshold all running maxima at once."""
     groups, rows, cols = start.shape
     count, size = layout.index.shape
@@ -116,9 +126,9 @@ def _prune_blocks(start: Float64, inverses: list[Float64], layout: _Layout, zero
             if some.size:
                 weights = layout.weights(start[group, some])
                 traced, loss = (
-                    trace_weights(weights, inverse, steps, None)
+                    trace_weights(weights, inverse, steps, None, pool)
                     if size == 1
-                    else trace_blocks(weights, inverse, size, steps)
+                    else trace_blocks(weights, inverse, size, steps, pool)
                 )
                 order[group, some, :steps] = traced
                 losses[group, some, :steps] = np.maximum.accumulate(loss, axis=1)

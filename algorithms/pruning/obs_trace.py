@@ -2,25 +2,30 @@
 products.
 
 All rows start from one inverse. After k removals a row's inverse is ``Hinv - U^T U`` with ``U [k, cols]``
-kept per row, so that a removal needs one column of it (two small products), never a rank-1 update of a whole
-matrix. Every few dozen removals the row's inverse is rebuilt on the weights still alive, in one product.
+kept per row: a removal needs its diagonal and one column of it, never a rank-1 update of a whole matrix. Every
+few dozen removals the columns of the weights that are likely to go next are computed together, in one product.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pot_sparsity.algorithms.arrays import Float64
+from pot_sparsity.algorithms.pruning.parallel import RowPool, slices
 
-# Removals between two rebuilds of a row's inverse.
+# Removals between two computations of columns, and how many columns are computed.
 _LAZY = 128
-# Bytes of inverses (or of U, for blocks) in flight.
+_AHEAD = 256
+# Bytes of U in flight per thread; bytes of U for blocks.
 _MEMORY = 64 * 2**20
 _CACHE = 24 * 2**20
 _ROWS = 64
+# U is packed to the weights still alive once they are fewer than this part of its width.
+_PACK = 0.8
 # From here on single precision chooses the order, as the reference code does throughout; the refit does not.
 _SINGLE_COLS = 768
 _TINY = 1e-30
@@ -30,7 +35,7 @@ _Floating: TypeAlias = NDArray[np.floating]
 
 
 def trace_weights(
-    weight: Float64, inverse: Float64, steps: int, limit: tuple[int, int] | None
+    weight: Float64, inverse: Float64, steps: int, limit: tuple[int, int] | None, pool: RowPool
 ) -> tuple[Order, Float64]:
     """Remove ``steps`` single weights from each row, cheapest ``w_p^2 / Hinv_pp`` first (OBC, equations 3
     and 4).
@@ -43,6 +48,8 @@ def trace_weights(
         Removals per row; at most ``cols``, and with ``limit`` at most what it leaves.
     limit
         (size, most): of every ``size`` adjacent columns at most ``most`` may go; None is no limit.
+    pool
+        Threads for batches of rows.
 
     Returns
     -------
@@ -52,15 +59,25 @@ def trace_weights(
     rows, cols = weight.shape
     kind: type[np.float32] | type[np.float64] = np.float32 if cols >= _SINGLE_COLS else np.float64
     shared: _Floating = inverse.astype(kind)
-    batch = int(np.clip(_MEMORY // (shared.itemsize * cols**2), 1, _ROWS))
+    batch = int(np.clip(_MEMORY // (shared.itemsize * cols * max(1, steps)), 1, min(_ROWS, rows)))
     order = np.empty((rows, steps), np.intp)
     losses = np.empty((rows, steps))
-    room: _Floating = np.empty((min(batch, rows), cols**2), kind)
-    for begin in range(0, rows, batch):
-        part = slice(begin, begin + batch)
-        start: _Floating = weight[part].astype(kind)
-        _trace_weights(start, shared, limit, order[part], losses[part], room)
+    own = _Room((batch, steps, cols), kind)
+
+    def trace(part: slice) -> None:
+        _trace_weights(weight[part].astype(kind), shared, limit, order[part], losses[part], own)
+
+    pool.map(trace, slices(rows, batch))
     return order, losses
+
+
+class _Room(threading.local):
+    """Room for U and for the columns computed ahead, one per thread: fresh memory of this size is slow."""
+
+    def __init__(self, shape: tuple[int, int, int], kind: type[np.float32] | type[np.float64]) -> None:
+        batch, _, cols = shape
+        self.factors: _Floating = np.empty(shape, kind)
+        self.columns: _Floating = np.empty((batch, min(_AHEAD, cols), cols), kind)
 
 
 def _trace_weights(
@@ -69,31 +86,42 @@ def _trace_weights(
     limit: tuple[int, int] | None,
     order: Order,
     losses: Float64,
-    room: _Floating,
+    room: _Room,
 ) -> None:
     """Trace one batch of rows into ``order`` and ``losses``; a weight that may not go is set to infinity."""
     rows, cols = weight.shape
     line = np.arange(rows)
-    alive = np.broadcast_to(np.arange(cols), (rows, cols))
-    inverse: _Floating | None = None
+    alive: Order = np.broadcast_to(np.arange(cols), (rows, cols))
     diagonal = np.repeat(shared.diagonal()[None], rows, axis=0)
+    gone = np.zeros((rows, cols), np.bool_)
     lost = np.zeros((rows, 0 if limit is None else cols // limit[0]), np.intp)
     steps = order.shape[1]
     for begin in range(0, steps, _LAZY):
-        end = min(steps, begin + _LAZY)
-        factors = np.empty((rows, end - begin, alive.shape[1]), shared.dtype)
-        gone = np.zeros(alive.shape, np.bool_)
-        for step in range(begin, end):
+        if cols - begin < _PACK * alive.shape[1]:
+            keep = np.nonzero(~gone)[1].reshape(rows, -1)
+            for row in range(rows):
+                packed = room.factors[row, :begin, : alive.shape[1]].take(keep[row], axis=1)
+                room.factors[row, :begin, : keep.shape[1]] = packed
+            alive, weight, diagonal, gone = (
+                np.take_along_axis(array, keep, axis=1) for array in (alive, weight, diagonal, gone)
+            )
+        factors = room.factors[:rows, :, : alive.shape[1]]
+        place = _look_ahead(weight * weight / diagonal, shared, alive, factors[:, :begin], room.columns)
+        for step in range(begin, min(steps, begin + _LAZY)):
             chosen = (weight * weight / diagonal).argmin(axis=1)
             column = alive[line, chosen]
             value, pivot = weight[line, chosen], diagonal[line, chosen]
             order[:, step], losses[:, step] = column, value * value / pivot
-            update = shared[column[:, None], alive] if inverse is None else inverse[line, chosen]
+            at = place[line, chosen]
+            update = room.columns[line, at, : alive.shape[1]]
+            for row in np.flatnonzero(at < 0):
+                used = factors[row, :begin]
+                update[row] = shared[column[row], alive[row]] - used[:, chosen[row]] @ used
             if step > begin:
-                used = factors[:, : step - begin]
-                update = update - (used[line, :, chosen][:, None, :] @ used)[:, 0]
+                recent = factors[:, begin:step]
+                update -= (recent[line, :, chosen][:, None, :] @ recent)[:, 0]
             root = np.sqrt(np.maximum(update[line, chosen], _TINY))[:, None]
-            update = np.divide(update, root, out=factors[:, step - begin])
+            update = np.divide(update, root, out=factors[:, step])
             weight -= (value[:, None] / root) * update
             diagonal -= update * update
             np.maximum(diagonal, _TINY, out=diagonal)
@@ -103,45 +131,34 @@ def _trace_weights(
             if limit is not None:
                 lost[line, column // limit[0]] += 1
                 weight[lost[line[:, None], alive // limit[0]] == limit[1]] = np.inf
-        if end == steps:
-            return
-        keep = np.nonzero(~gone)[1].reshape(rows, -1)
-        inverse = _rebuild(shared, inverse, alive, factors, keep, room)
-        alive = np.take_along_axis(alive, keep, axis=1)
-        weight = np.take_along_axis(weight, keep, axis=1)
-        diagonal = np.take_along_axis(diagonal, keep, axis=1)
 
 
-def _rebuild(
-    shared: _Floating,
-    inverse: _Floating | None,
-    alive: Order,
-    factors: _Floating,
-    keep: Order,
-    room: _Floating,
-) -> _Floating:
-    """Each row's ``Hinv - U^T U`` on the columns still alive, ``[rows, kept, kept]``, written over ``room``.
-
-    One buffer serves all rebuilds: fresh memory of this size costs more (page faults) than the products.
-    """
-    rows, kept = keep.shape
-    rebuilt = room[:rows, : kept * kept].reshape(rows, kept, kept)
-    for row, at in enumerate(keep):
-        source, index = (shared, alive[row, at]) if inverse is None else (inverse[row], at)
-        update = factors[row].take(at, axis=1)
-        old = source.take(index, axis=0).take(index, axis=1)
-        np.subtract(old, update.T @ update, out=rebuilt[row])
-    return rebuilt
+def _look_ahead(
+    score: _Floating, shared: _Floating, alive: Order, factors: _Floating, columns: _Floating
+) -> Order:
+    """Fill ``columns`` with those of ``Hinv - U^T U`` whose weights score lowest; where each stands, or -1."""
+    rows, width = alive.shape
+    count = min(columns.shape[1], width)
+    likely = np.argpartition(score, count - 1, axis=1)[:, :count]
+    place = np.full((rows, width), -1, np.intp)
+    np.put_along_axis(place, likely, np.arange(count)[None], axis=1)
+    for row, at in enumerate(likely):
+        out = columns[row, :count, :width]
+        used = factors[row]
+        np.matmul(used[:, at].T, used, out=out)
+        np.subtract(shared[alive[row, at]][:, alive[row]], out, out=out)
+    return place
 
 
-def trace_blocks(weight: Float64, inverse: Float64, size: int, steps: int) -> tuple[Order, Float64]:
+def trace_blocks(
+    weight: Float64, inverse: Float64, size: int, steps: int, pool: RowPool
+) -> tuple[Order, Float64]:
     """Remove ``steps`` blocks of ``size`` adjacent columns from each row; see :func:`_trace_blocks`."""
     padded = inverse.shape[0]
     batch = int(np.clip(_CACHE // (8 * padded * max(1, steps * size)), 1, _ROWS))
-    parts = [
-        _trace_blocks(weight[begin : begin + batch], inverse, size, steps)
-        for begin in range(0, len(weight), batch)
-    ]
+    parts = pool.map(
+        lambda part: _trace_blocks(weight[part], inverse, size, steps), slices(len(weight), batch)
+    )
     return np.concatenate([order for order, _ in parts]), np.concatenate([loss for _, loss in parts])
 
 

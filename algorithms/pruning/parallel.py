@@ -2,7 +2,8 @@
 
 A solver cuts its rows into parts that depend on the layer alone, never on the number of workers, and the
 matrix library runs on one thread however many workers there are: so the result is the same to the last bit.
-NumPy lets go of the interpreter inside its products and factorisations, SciPy's LAPACK wrappers do not.
+NumPy lets go of the interpreter inside its products; SciPy's LAPACK wrappers do not, but are several times faster
+than NumPy's.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class SolverOptions:
         ADMM: how many times slower than usual the penalty grows (1 to 100); costs time, lowers the error.
     restarts
         ADMM: how many times the best point is shaken and settled again, each row keeping the better of the two
-        outcomes; None is none, or 6 with the polish.
+        outcomes; None is none, or 10 with the polish.
     workers
         Threads over the rows of a layer; the result does not depend on it.
     polish

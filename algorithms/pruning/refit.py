@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve
+from scipy.linalg import cho_solve, cholesky
+from scipy.linalg.lapack import dtrtri
 
 from pot_sparsity.algorithms.arrays import Bool, Float64
 from pot_sparsity.algorithms.pruning.parallel import RowPool, slices
@@ -72,7 +73,7 @@ def refit(
         return weight, _refit_batched(problem, mask, busy, problem.target @ problem.second, weight)
     damping = 0.0
     with RowPool(workers) as pool:
-        for group in np.flatnonzero(busy.any(axis=1)):
+        for group in np.flatnonzero(busy.any(axis=1)).tolist():
             damping = max(
                 damping, _refit_group(problem, mask, np.flatnonzero(busy[group]), group, start, weight, pool)
             )
@@ -144,7 +145,7 @@ def damped_cholesky(matrix: Float64, mean: float) -> tuple[Float64, float]:
         np.einsum("ii->i", damped)[...] += damping * mean
         diagonal = damped.diagonal().copy()
         try:
-            factor = np.linalg.cholesky(damped)
+            factor = cholesky(damped.T, lower=True, overwrite_a=True, check_finite=False)
         except np.linalg.LinAlgError:
             continue
         if (factor.diagonal() ** 2 > PIVOT_FLOOR * diagonal).all():
@@ -152,6 +153,13 @@ def damped_cholesky(matrix: Float64, mean: float) -> tuple[Float64, float]:
     raise np.linalg.LinAlgError(
         f"second moment of the input is too indefinite: damping {DAMPING_STEPS[-1]} x mean(diag H) fails"
     )
+
+
+def damped_inverse(matrix: Float64) -> tuple[Float64, float]:
+    """Inverse of ``matrix + damping * mean(diag) * I`` for the least damping that works, and that damping."""
+    factor, damping = damped_cholesky(matrix, float(np.trace(matrix)) / len(matrix))
+    root, _ = dtrtri(factor, lower=1)
+    return np.asarray(root.T @ root), damping
 
 
 def _refit_batched(problem: LayerProblem, mask: Bool, busy: Bool, right: Float64, weight: Float64) -> float:

@@ -104,8 +104,8 @@ class _Tableau:
         rows = self.correlation[self.support]
         cross = rows[:, rest]
         factor, self.damping = damped_cholesky(rows[:, self.support], 1.0)
-        root, _ = dtrtri(factor.T, lower=0)
-        inverse = root @ root.T
+        root, _ = dtrtri(factor, lower=1)
+        inverse = root.T @ root
         spread = cross.T @ inverse
         moved = target[rest] @ spread
         self.lines = np.empty((len(target), len(rows)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pot_sparsity.algorithms.arrays import Bool, Float64
+from pot_sparsity.algorithms.pruning.problem import row_errors
 from pot_sparsity.algorithms.quantization.descent import descend
 from pot_sparsity.algorithms.quantization.gptq import gptq
-from pot_sparsity.algorithms.quantization.grid import Grid
+from pot_sparsity.algorithms.quantization.grid import Grid, merge_grids
 from pot_sparsity.algorithms.quantization.obq import obq
 from pot_sparsity.algorithms.quantization.problem import (
     DEFAULT_OPTIONS,
@@ -30,9 +33,9 @@ def nearest(
 
 
 class _ThenDescent:
-    """A quantizer followed by coordinate descent from where it ends."""
+    """Quantizers followed by coordinate descent from where each ends; every row keeps the better end."""
 
-    def __init__(self, first: Quantizer) -> None:
+    def __init__(self, *first: Quantizer) -> None:
         self._first = first
 
     def __call__(
@@ -45,13 +48,29 @@ class _ThenDescent:
         options: QuantizerOptions = DEFAULT_OPTIONS,
     ) -> QuantizedResult:
         """Quantize, then sweep until no integer can change for the better."""
-        start = self._first(target, second, grid, mask, options=options)
         problem = GridProblem.of(target, second, mask)
-        integers, found = descend(problem, start.integers, grid, options)
-        return problem.result(integers, found, start.damping)
+        best: QuantizedResult | None = None
+        for quantizer in self._first:
+            start = quantizer(target, second, grid, mask, options=options)
+            integers, found = descend(problem, start.integers, grid, options)
+            end = problem.result(integers, found, start.damping)
+            best = end if best is None else _better_rows(problem, best, end)
+        assert best is not None
+        return best
+
+
+def _better_rows(problem: GridProblem, first: QuantizedResult, second: QuantizedResult) -> QuantizedResult:
+    """Every row from the result that serves it best."""
+    layer = problem.layer
+    errors = [row_errors(result.weight, layer.target, layer.given) for result in (first, second)]
+    take = errors[1] < errors[0]
+    integers = np.where(take[..., None], second.integers, first.integers)
+    grid = first.grid if second.grid is first.grid else merge_grids(first.grid, second.grid, take)
+    return problem.result(integers, grid, max(first.damping, second.damping))
 
 
 QUANTIZERS: dict[str, Quantizer] = {
+    "best_descent": _ThenDescent(gptq, obq),
     "gptq_descent": _ThenDescent(gptq),
     "obq_descent": _ThenDescent(obq),
     "nearest_descent": _ThenDescent(nearest),
@@ -59,7 +78,6 @@ QUANTIZERS: dict[str, Quantizer] = {
     "obq": obq,
     "nearest": nearest,
 }
-DEFAULT_QUANTIZER = "gptq_descent"
 
 
 def get_quantizer(name: str) -> Quantizer:

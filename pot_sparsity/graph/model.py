@@ -55,6 +55,8 @@ class Model(ABC):
 
     #: Structural edits made so far, in order.
     edits: list[Edit]
+    #: What the user should know of how it was written, e.g. that an IR could not be patched in place.
+    notes: list[str]
     #: Where the model came from, for messages; None for an object passed in Python.
     source: Path | None
 

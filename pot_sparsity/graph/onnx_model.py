@@ -64,6 +64,7 @@ class OnnxModel(Model):
 
     def __init__(self, proto: onnx.ModelProto, source: Path | None = None, *, external: bool = False) -> None:
         self.edits: list[Edit] = []
+        self.notes: list[str] = []
         self.source = source
         where = self._where
         onnx_files.check_proto(proto, where)

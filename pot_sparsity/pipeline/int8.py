@@ -168,7 +168,7 @@ def _summary(placements: list[Placement]) -> str:
     ratios = [item.after / item.before for item in placements if not item.left and item.before > 0]
     text = f"{len(ratios)} layers"
     if ratios:
-        text += f", median layer error {float(np.median(ratios)):.2g} of what rounding to the nearest gives"
+        text += f", median layer error {float(np.median(ratios)):.2g} times that of NNCF's rounding"
     left = [item for item in placements if item.left]
     return text + (f"; {len(left)} left ({left[0].layer!r}: {left[0].left})" if left else "")
 

@@ -25,6 +25,7 @@ from pot_sparsity.algorithms.quantization.problem import (
     QuantizedResult,
     QuantizerOptions,
 )
+from pot_sparsity.algorithms.quantization.registry import QUANTIZERS
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.graph.chains import chain_of, constant_value, evaluate
 from pot_sparsity.graph.discovery import find_layers
@@ -38,7 +39,8 @@ from pot_sparsity.pipeline.solve import SCARCE, shrunk
 _ROUNDING = 0.55
 #: Added to the diagonal of H, relative to its mean, where samples are scarce.
 _RIDGE = 0.01
-#: Multiplications that factors of a layer may take; beyond that 8 bits start from NNCF's own integers.
+#: Multiplications that factors of single rows may take; beyond that 8 bits start from NNCF's own integers, and
+#: fewer bits do without the greedy order.
 _FACTOR_BUDGET = 1e11
 #: Sweeps of the descent in that case.
 _WIDE_SWEEPS = 10
@@ -226,17 +228,21 @@ def _place(task: _Task, bits: int) -> _Placed:
 
 
 def _solve(problem: GridProblem, stored: StoredGrid, bits: int) -> QuantizedResult:
-    """Ordered rounding where its factors are affordable, then coordinate descent."""
-    grids = candidates(stored, bits)
+    """Integers of one layer, by as much work as its size allows."""
+    grids, layer = candidates(stored, bits), problem.layer
     kept = problem.mask.sum(axis=-1).astype(np.float64)
-    cost = float((kept[kept < problem.mask.shape[-1]] ** 3).sum()) / 6
-    if bits == 8 and cost > _FACTOR_BUDGET:
-        options = QuantizerOptions(sweeps=_WIDE_SWEEPS)
-        integers, grid = descend(problem, stored.integers, grids[0], options)
-        return problem.result(integers, grid, 0.0)
-    integers, grid, damping = round_columns(problem, grids, DEFAULT_OPTIONS)
-    integers, grid = descend(problem, integers, grid, DEFAULT_OPTIONS)
-    return problem.result(integers, grid, damping)
+    work = kept**3 / 6
+    if bits == 8:
+        # Rows that keep everything share one factor.
+        if work[kept < problem.mask.shape[-1]].sum() > _FACTOR_BUDGET:
+            integers, grid = descend(
+                problem, stored.integers, grids[0], QuantizerOptions(sweeps=_WIDE_SWEEPS)
+            )
+            return problem.result(integers, grid, 0.0)
+        return QUANTIZERS["gptq_descent"](layer.target, layer.given, grids[0], problem.mask)
+    _, grid, _ = round_columns(problem, grids, DEFAULT_OPTIONS)
+    method = "best_descent" if work.sum() <= _FACTOR_BUDGET else "gptq_descent"
+    return QUANTIZERS[method](layer.target, layer.given, grid, problem.mask)
 
 
 def candidates(stored: StoredGrid, bits: int) -> list[Grid]:

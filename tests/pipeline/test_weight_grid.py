@@ -79,6 +79,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Model, Model, Mapping[str, Mom
     for layer in layers(model).values():
         weight = read_weight(model, layer)
         weight.reshape(-1)[::2] = 0.0
+        weight[0, 0] = 0.0
         write_weight(model, layer, weight)
     quantized = quantize(model, dataset(model, SAMPLES), QuantizationSettings(samples=32))
     return model, quantized, moments_of(model, SAMPLES)
@@ -167,7 +168,11 @@ def test_threads_and_start_from_nearest_change_no_guarantee(
     assert first == second
     for (name, a), b in zip(grids(one).items(), grids(two).values(), strict=True):
         np.testing.assert_array_equal(a.integers, b.integers, err_msg=name)
+    _, careful = place_weights(sparse, quantized, moments, bits=4)
     monkeypatch.setattr(weight_grid, "_FACTOR_BUDGET", 0.0)
+    _, quick = place_weights(sparse, quantized, moments, bits=4)
+    assert all(a.after <= b.after * (1 + 1e-9) for a, b in zip(careful, quick, strict=True))
+    assert any(a.after < b.after for a, b in zip(careful, quick, strict=True))
     _, wide = place_weights(sparse, quantized, moments)
     assert all(item.after <= item.before for item in wide)
     assert sum(item.after < item.before for item in wide) >= 3
@@ -287,6 +292,7 @@ def test_the_run_decides_and_reports(weights: str) -> None:
     assert [d.what.partition(":")[0] for d in found] == names
     for decision in found:
         assert decision.reason.startswith("2 layers, median layer error 0.")
+        assert decision.reason.endswith("times that of NNCF's rounding")
         assert decision.measure.endswith("on held-out samples")
         assert decision.before is not None
         assert decision.after is not None

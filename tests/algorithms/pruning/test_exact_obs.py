@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pot_sparsity.algorithms.arrays import Float64, Pattern
 from pot_sparsity.algorithms.pruning import obs_trace
 from pot_sparsity.algorithms.pruning.exact_obs import exact_obs
+from pot_sparsity.algorithms.pruning.parallel import RowPool
 from tests.algorithms.pruning.layers import make_layer, textbook_obs
 
 
@@ -20,10 +21,13 @@ def test_masks_equal_the_textbook(seed: int, groups: int, rows: int, cols: int, 
     np.testing.assert_array_equal(result.mask, textbook_obs(target, second, zeros))
 
 
-@pytest.mark.parametrize("lazy", [1, 3, 7])
-def test_rebuilding_the_inverse_changes_nothing(lazy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("lazy", "ahead"), [(1, 2), (3, 1), (7, 9), (7, 40)])
+def test_columns_computed_ahead_change_nothing(
+    lazy: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, second = make_layer(1, 1, 5, 23)
     monkeypatch.setattr(obs_trace, "_LAZY", lazy)
+    monkeypatch.setattr(obs_trace, "_AHEAD", ahead)
     monkeypatch.setattr(obs_trace, "_MEMORY", 2 * 8 * 23**2)
     for zeros in (30, 60, 100):
         np.testing.assert_array_equal(
@@ -70,7 +74,8 @@ def test_blocks_go_in_the_textbook_order(size: int) -> None:
     target, second = make_layer(4, 1, 3, 12)
     inverse = np.linalg.inv(second[0])
     count = 12 // size
-    order, losses = obs_trace.trace_blocks(target[0], inverse, size, count)
+    with RowPool(1) as pool:
+        order, losses = obs_trace.trace_blocks(target[0], inverse, size, count, pool)
     for row in range(3):
         expected = _block_trace(target[0, row], inverse, size)
         assert order[row].tolist() == [block for block, _ in expected]

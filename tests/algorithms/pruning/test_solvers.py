@@ -12,7 +12,7 @@ from pot_sparsity.algorithms.pruning.registry import DEFAULT_METHOD, SOLVERS, ge
 from tests.algorithms.pruning.layers import brute_force, make_layer, oracle_error, oracle_refit
 
 METHODS = pytest.mark.parametrize("method", sorted(SOLVERS))
-REFITTED = ["admm", "exact_obs", "magnitude_refit"]
+REFITTED = ["admm", "exact_obs", "l_obs", "magnitude_refit", "wanda_refit"]
 
 
 @METHODS
@@ -74,7 +74,7 @@ def test_admm_beats_exact_obs_and_exact_obs_beats_magnitude(sparsity: float) -> 
     assert errors[0] < errors[1] < errors[2]
 
 
-@pytest.mark.parametrize("method", ["admm", "exact_obs"])
+@pytest.mark.parametrize("method", ["admm", "exact_obs", "sparsegpt"])
 @pytest.mark.parametrize("cols", [1, 5, 12, 18])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_n_of_m_holds_everywhere(method: str, cols: int, stride: int) -> None:
@@ -86,10 +86,11 @@ def test_n_of_m_holds_everywhere(method: str, cols: int, stride: int) -> None:
         members = index[index < cols]
         assert (result.mask[..., members].sum(axis=-1) <= 2).all()
     expected = oracle_refit(target, second, result.mask)
-    assert result.error <= oracle_error(expected, target, second) * (1 + 1e-6) + 1e-12
+    if method in REFITTED:
+        assert result.error <= oracle_error(expected, target, second) * (1 + 1e-6) + 1e-12
     magnitude = SOLVERS["magnitude_refit"](target, second, 0, Pattern("n:m", n=2, m=4, stride=stride))
     assert result.mask.sum() == magnitude.mask.sum()
-    if cols > 5:
+    if cols > 5 and method in REFITTED:
         assert result.error < magnitude.error
 
 
@@ -128,7 +129,7 @@ def test_bad_moments_never_give_nan(method: str, kind: str, cols: int) -> None:
     assert np.isfinite(result.weight).all()
     assert np.isfinite([result.error, result.relative_error, result.damping]).all()
     assert np.count_nonzero(~result.mask) == zeros
-    assert 0.0 <= result.relative_error <= 1.0 + 1e-9 or method == "magnitude"
+    assert 0.0 <= result.relative_error <= 1.0 + 1e-9 or method not in REFITTED
     if kind == "dead":
         assert not result.mask[..., 2:5].any()
     if kind == "zero":
@@ -174,7 +175,7 @@ def test_many_depthwise_groups_share_one_budget() -> None:
     target, second = make_layer(5, 300, 1, 9)
     zeros = round(0.6 * target.size)
     errors = {name: SOLVERS[name](target, second, zeros).error for name in REFITTED}
-    assert errors["admm"] < errors["exact_obs"] * 1.01 < errors["magnitude_refit"]
+    assert errors["admm"] < errors["exact_obs"] * 1.01 < min(errors["magnitude_refit"], errors["wanda_refit"])
 
 
 def test_polish_lowers_the_error_and_respects_its_budget() -> None:
@@ -210,7 +211,5 @@ def test_effort_and_rho_reach_the_solver() -> None:
 
 def test_registry_names_what_there_is() -> None:
     assert get_solver(DEFAULT_METHOD) is SOLVERS["admm"]
-    with pytest.raises(
-        ValueError, match="'obc' is not known: use one of admm, exact_obs, magnitude_refit, magnitude"
-    ):
+    with pytest.raises(ValueError, match="'obc' is not known: use one of admm, exact_obs, sparsegpt, l_obs,"):
         get_solver("obc")

@@ -111,7 +111,10 @@ class Delivery:
                     reason="INT8 on top drops too far: an earlier iteration is tried",
                 )
             )
-        outcome = Outcome(self.prepared, self.evaluator, iterations, None, None, [], (), self.job.watched)
+        edits = tuple(self.prepared.model.edits)
+        outcome = Outcome(
+            self.prepared, self.evaluator, iterations, None, None, [], (), self.job.watched, edits
+        )
         report = self._report("gate_not_met", outcome)
         self._write_reports(report)
         self.job.folder.finish_state()
@@ -201,7 +204,15 @@ class Delivery:
                     self._write(sparse, "float")
                 files = self._write(final, None)
         outcome = Outcome(
-            self.prepared, self.evaluator, iterations, chosen, compressed, variants, files, self.job.watched
+            self.prepared,
+            self.evaluator,
+            iterations,
+            chosen,
+            compressed,
+            variants,
+            files,
+            self.job.watched,
+            tuple(final.edits),
         )
         report = self._report("done", outcome)
         self._write_reports(report)

@@ -18,7 +18,7 @@ import numpy as np
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.graph import TensorInfo
 from pot_sparsity.graph.layers import Layer, flops
-from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.model import Edit, Model
 from pot_sparsity.graph.weights import count_zeros
 from pot_sparsity.metrics import paired_interval
 from pot_sparsity.pipeline.compress import Compressed
@@ -56,6 +56,7 @@ class Outcome:
     variants: list[Variant]
     files: tuple[Path, ...]
     metric: str
+    edits: tuple[Edit, ...]
 
 
 def input_specs(model: Model) -> tuple[TensorInfo, ...]:
@@ -238,7 +239,7 @@ def build_report(
         sparsity_reached=zeros / weights,
         zeros=zeros,
         weights=weights,
-        edits=[EditSpec(**asdict(edit)) for edit in prepared.model.edits],
+        edits=[EditSpec(**asdict(edit)) for edit in outcome.edits],
         not_fused=[Left(node=item.node, reason=item.reason) for item in prepared.not_fused],
         skipped=[Left(node=item.node, reason=item.reason) for item in prepared.skipped],
         layers=layers,

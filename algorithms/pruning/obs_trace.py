@@ -19,9 +19,9 @@ from pot_sparsity.algorithms.pruning.parallel import RowPool, slices
 
 # Removals between two computations of columns, and how many columns are computed.
 _LAZY = 128
-_AHEAD = 256
+_AHEAD = 160
 # Bytes of U in flight per thread; bytes of U for blocks.
-_MEMORY = 64 * 2**20
+_MEMORY = 24 * 2**20
 _CACHE = 24 * 2**20
 _ROWS = 64
 # U is packed to the weights still alive once they are fewer than this part of its width.
@@ -102,9 +102,10 @@ def _trace_weights(
             for row in range(rows):
                 packed = room.factors[row, :begin, : alive.shape[1]].take(keep[row], axis=1)
                 room.factors[row, :begin, : keep.shape[1]] = packed
-            alive, weight, diagonal, gone = (
-                np.take_along_axis(array, keep, axis=1) for array in (alive, weight, diagonal, gone)
-            )
+            alive = np.take_along_axis(alive, keep, axis=1)
+            weight = np.take_along_axis(weight, keep, axis=1)
+            diagonal = np.take_along_axis(diagonal, keep, axis=1)
+            gone = np.zeros(alive.shape, np.bool_)
         factors = room.factors[:rows, :, : alive.shape[1]]
         place = _look_ahead(weight * weight / diagonal, shared, alive, factors[:, :begin], room.columns)
         for step in range(begin, min(steps, begin + _LAZY)):
@@ -114,7 +115,7 @@ def _trace_weights(
             order[:, step], losses[:, step] = column, value * value / pivot
             at = place[line, chosen]
             update = room.columns[line, at, : alive.shape[1]]
-            for row in np.flatnonzero(at < 0):
+            for row in np.flatnonzero(at < 0).tolist():
                 used = factors[row, :begin]
                 update[row] = shared[column[row], alive[row]] - used[:, chosen[row]] @ used
             if step > begin:

@@ -31,6 +31,27 @@ def test_refit_is_the_least_squares_optimum(
     assert np.abs(gradient).max() <= 1e-8 * np.abs(target @ second).max()
 
 
+@pytest.mark.parametrize("rank", [None, 5])
+def test_very_wide_layers_come_close_in_single_precision(
+    rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, second = make_layer(5, 1, 9, 90, rank)
+    mask = _mask(6, target.shape, 0.5)
+    problem = LayerProblem.of(target, second)
+    exact, _ = refit(problem, mask)
+    monkeypatch.setattr("pot_sparsity.algorithms.pruning.refit._DEAR", 0.0)
+    best, begin = layer_error(exact, target, second), exact + 0.01 * mask
+    close, damping = refit(problem, mask, begin)
+    energy = layer_error(np.zeros_like(target), target, second)
+    assert damping == 0.0
+    assert (close[~mask] == 0.0).all()
+    assert layer_error(close, target, second) <= best + 1e-4 * (layer_error(begin, target, second) - best)
+    worse = np.zeros_like(target)
+    assert layer_error(refit(problem, mask, worse)[0], target, second) <= best + 0.05 * energy
+    unmoved, _ = refit(problem, mask, exact)
+    assert layer_error(unmoved, target, second) <= best + 1e-9 * energy
+
+
 def test_cholesky_and_conjugate_gradients_agree() -> None:
     target, second = make_layer(3, 1, 7, 80)
     mask = _mask(4, target.shape, 0.6)

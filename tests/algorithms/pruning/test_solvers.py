@@ -165,10 +165,107 @@ def test_bad_input_is_named(method: str) -> None:
 
 
 @METHODS
-def test_same_input_same_bytes(method: str) -> None:
-    target, second = make_layer(4, 2, 6, 30)
-    first, again = (SOLVERS[method](target, second, 200) for _ in range(2))
-    assert first.weight.tobytes() == again.weight.tobytes()
+@pytest.mark.parametrize(("groups", "rows", "cols"), [(2, 6, 30), (1, 150, 60), (70, 2, 9)])
+def test_same_bytes_whatever_the_workers(method: str, groups: int, rows: int, cols: int) -> None:
+    target, second = make_layer(4, groups, rows, cols)
+    first, again, parallel = (
+        SOLVERS[method](
+            target, second, target.size * 2 // 3, options=SolverOptions(polish=rows == 6, workers=workers)
+        )
+        for workers in (1, 1, 3)
+    )
+    assert first.weight.tobytes() == again.weight.tobytes() == parallel.weight.tobytes()
+
+
+@METHODS
+@pytest.mark.parametrize("samples", [3, 20])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4"])
+def test_fewer_samples_than_columns(method: str, samples: int, pattern: str) -> None:
+    target, second = make_layer(9, 1, 8, 64, rank=samples)
+    result = SOLVERS[method](target, second, target.size // 2, Pattern.parse(pattern))
+    assert np.isfinite(result.weight).all()
+    assert np.count_nonzero(~result.mask) == target.size // 2
+    assert result.error == pytest.approx(oracle_error(result.weight, target, second), rel=1e-6, abs=1e-6)
+    if method in REFITTED:
+        assert result.damping > 0.0
+        # What is kept could always stay as it was.
+        untouched = oracle_error(np.where(result.mask, target, 0.0), target, second)
+        assert result.error <= untouched * (1 + 1e-6)
+
+
+@METHODS
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 20), (20, 1)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+def test_one_row_or_one_column(method: str, rows: int, cols: int, sparsity: float) -> None:
+    target, second = make_layer(10, 1, rows, cols)
+    zeros = round(sparsity * target.size)
+    result = SOLVERS[method](target, second, zeros, options=SolverOptions(polish=True))
+    assert np.count_nonzero(~result.mask) == zeros
+    if zeros == 0:
+        np.testing.assert_array_equal(result.weight, target)
+        assert result.error == 0.0
+    if zeros == target.size:
+        assert result.relative_error == pytest.approx(1.0)
+
+
+@METHODS
+def test_a_pattern_longer_than_the_row_still_fits(method: str) -> None:
+    target, second = make_layer(11, 1, 3, 5)
+    assert (SOLVERS[method](target, second, 0, Pattern("n:m", n=2, m=8)).mask.sum(axis=-1) == 2).all()
+    assert not SOLVERS[method](target, second, 15, Pattern("block", m=16)).mask.any()
+    assert SOLVERS[method](target, second, 0, Pattern("block", m=16)).mask.all()
+
+
+def test_sparsegpt_is_the_published_walk() -> None:
+    target, second = make_layer(12, 1, 7, 20)
+    weight, gone = target[0].copy(), np.zeros((7, 20), np.bool_)
+    damped = second[0] + 0.01 * np.trace(second[0]) / 20 * np.eye(20)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    score = weight**2 / upper.diagonal() ** 2
+    gone.ravel()[np.argsort(score.ravel(), kind="stable")[:63]] = True
+    for column in range(20):
+        error = np.where(gone[:, column], weight[:, column] / upper[column, column], 0.0)
+        weight -= error[:, None] * upper[column]
+    weight[gone] = 0.0
+    result = SOLVERS["sparsegpt"](target, second, 63)
+    np.testing.assert_array_equal(~result.mask[0], gone)
+    np.testing.assert_allclose(result.weight[0], weight, rtol=1e-8, atol=1e-10)
+    assert result.damping == 0.01
+
+
+def test_sparsegpt_lets_every_block_of_columns_lose_its_share() -> None:
+    target, second = make_layer(13, 1, 10, 300)
+    result = SOLVERS["sparsegpt"](target, second, 1001)
+    assert np.count_nonzero(~result.mask) == 1001
+    assert np.count_nonzero(~result.mask[..., :128]) == 1280 * 1001 // 3000
+    refitted = SOLVERS["magnitude_refit"](target, second, 1001)
+    assert result.error < SOLVERS["magnitude"](target, second, 1001).error
+    assert oracle_error(oracle_refit(target, second, result.mask), target, second) < refitted.error
+
+
+def test_wanda_weighs_by_the_size_of_the_input() -> None:
+    target, second = make_layer(14, 1, 6, 12)
+    result = SOLVERS["wanda"](target, second, 30)
+    score = np.abs(target[0]) * np.sqrt(second[0].diagonal())
+    assert set(np.flatnonzero(~result.mask)) == set(np.argsort(score.ravel())[:30].tolist())
+    np.testing.assert_array_equal(result.weight[result.mask], target[result.mask])
+
+
+def test_l_obs_scores_once_on_the_dense_inverse() -> None:
+    target, second = make_layer(15, 1, 6, 12)
+    result = SOLVERS["l_obs"](target, second, 30)
+    score = target[0] ** 2 / np.linalg.inv(second[0]).diagonal()
+    assert set(np.flatnonzero(~result.mask)) == set(np.argsort(score.ravel())[:30].tolist())
+    inverse = np.linalg.inv(second[0])
+    for row, mask in enumerate(result.mask[0]):
+        gone = np.flatnonzero(~mask)
+        pull = np.linalg.solve(inverse[np.ix_(gone, gone)], target[0, row, gone])
+        np.testing.assert_allclose(
+            result.weight[0, row],
+            np.where(mask, target[0, row] - pull @ inverse[gone], 0.0),
+            rtol=1e-6,
+            atol=1e-9,
+        )
 
 
 def test_many_depthwise_groups_share_one_budget() -> None:
@@ -194,6 +291,10 @@ def test_options_are_checked() -> None:
         SolverOptions(rho=(0.0,))
     with pytest.raises(ValueError, match=r"effort must be between 1 and 100, got 0\.5"):
         SolverOptions(effort=0.5)
+    with pytest.raises(ValueError, match="restarts must not be negative"):
+        SolverOptions(restarts=-1)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        SolverOptions(workers=0)
     with pytest.raises(ValueError, match="polish_swaps must not be negative"):
         SolverOptions(polish_swaps=-1)
     with pytest.raises(ValueError, match="polish_seconds must not be negative"):
@@ -207,6 +308,20 @@ def test_effort_and_rho_reach_the_solver() -> None:
         for effort in (1.0, 8.0)
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4"])
+def test_restarts_never_raise_the_error(pattern: str) -> None:
+    target, second = make_layer(16, 1, 60, 80)
+    shape = Pattern.parse(pattern)
+    errors = [
+        SOLVERS["admm"](
+            target, second, 3600 if pattern != "2:4" else 0, shape, options=SolverOptions(restarts=restarts)
+        ).error
+        for restarts in (0, 1, 4)
+    ]
+    assert errors[0] >= errors[1] >= errors[2]
+    assert errors[0] > errors[2]
 
 
 def test_registry_names_what_there_is() -> None:

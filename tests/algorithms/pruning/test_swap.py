@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern
@@ -54,6 +54,7 @@ def test_polish_ends_where_no_swap_pays(seed: int, groups: int, rows: int, cols:
     mask = _random_mask(seed, target.shape, round(density * target.size))
     polished = polish(LayerProblem.of(target, second), mask, Pattern())
     assert polished.mask.sum() == mask.sum()
+    assume(polished.damping == 0.0)  # a singular H makes no promise
     error = _error(target, second, polished.mask)
     energy = oracle_error(np.zeros_like(target), target, second)
     assert error <= _error(target, second, mask) + 1e-9 * energy

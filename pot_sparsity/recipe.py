@@ -34,7 +34,7 @@ class Calibration(_Section):
         None, ge=1, description="use at most so many samples (a seeded draw); all by default"
     )
     batch_size: int = Field(64, ge=1, description="samples per inference")
-    holdout: float = Field(0.15, ge=0.0, lt=1.0, description="fraction of samples that never enters a fit")
+    holdout: float = Field(0.1, ge=0.0, lt=1.0, description="fraction of samples that never enters a fit")
     augment: tuple[Literal["flip", "crop"], ...] = Field(
         (), description="augmentation of the samples that fit"
     )

@@ -21,5 +21,7 @@ def zoo() -> Path:
     """Folder of real networks and data; the test is skipped where it is absent."""
     folder = _zoo_folder()
     if folder is None:
-        pytest.skip("the folder of real networks is absent (set POT_SPARSITY_ZOO to the folder that holds zoo.json)")
+        pytest.skip(
+            "the folder of real networks is absent (set POT_SPARSITY_ZOO to the folder that holds zoo.json)"
+        )
     return folder

@@ -7,7 +7,7 @@ import numpy as np
 from pot_sparsity.data.dataset import Dataset
 
 
-def split_holdout(dataset: Dataset, fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, Dataset]:
+def split_holdout(dataset: Dataset, fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Draw ``fraction`` of the samples (rounded, at least one on each side) as the held-out slice.
 
     Both parts keep the dataset's order. A single sample, or a fraction of 0, cannot be split: then both parts

@@ -24,11 +24,11 @@ class Spool:
     ----------
     budget
         Bytes held in memory; further batches go to files in a temporary folder that vanishes on
-        :meth:`close`.
+        :meth:`close`. None takes :data:`MEMORY_BUDGET`.
     """
 
-    def __init__(self, budget: int = MEMORY_BUDGET) -> None:
-        self._budget = budget
+    def __init__(self, budget: int | None = None) -> None:
+        self._budget = MEMORY_BUDGET if budget is None else budget
         self._held = 0
         self._batches: list[dict[str, AnyArray | Path]] = []
         self._folder: Path | None = None

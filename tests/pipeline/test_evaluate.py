@@ -15,6 +15,7 @@ from pot_sparsity.engines import get_engine
 from pot_sparsity.errors import DataError
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.onnx_model import OnnxModel
+from pot_sparsity.metrics import Comparison
 from pot_sparsity.pipeline.evaluate import Evaluator, distance, feeds, measure_latency
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.reporting import input_specs
@@ -116,9 +117,15 @@ def test_a_model_without_real_output_has_nothing_to_compare() -> None:
         evaluator(OnnxModel(model), normal(1, 3, 4))
 
 
-def test_distance_prefers_class_scores() -> None:
-    assert distance({"logit_kl": 0.1, "output_mse": 3.0}) == ("logit_kl", 0.1)
-    assert distance({"output_mse": 3.0}) == ("output_mse", 3.0)
+def test_distance_is_the_relative_error_of_the_output() -> None:
+    random = np.random.default_rng(0)
+    reference = random.normal(size=(20, 5))
+    candidate = reference + 0.1 * random.normal(size=(20, 5))
+    comparison = Comparison("out")
+    comparison.update(reference, candidate)
+    name, value = distance(comparison.result())
+    assert name == "relative output error"
+    assert value == pytest.approx(((candidate - reference) ** 2).sum() / (reference**2).sum())
 
 
 def test_reference_outputs_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -635,8 +635,8 @@ def test_calibration_in_every_form_gives_the_same_model() -> None:
 
 def test_without_validation_the_held_out_slice_judges() -> None:
     report = quick(calibration=images(40)).report
-    assert (report.data.calibration, report.data.fit, report.data.held_out) == (40, 34, 6)
-    assert report.data.validation == 6
+    assert (report.data.calibration, report.data.fit, report.data.held_out) == (40, 36, 4)
+    assert report.data.validation == 4
     assert not report.data.labels
     assert report.data.metric == "agreement"
     assert {"agreement", "logit_kl", "sqnr"} <= report.variants[-1].metrics.keys()
@@ -651,7 +651,7 @@ def test_augmented_samples_enter_the_fit_only() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
     recipe = settings(calibration={"augment": ["flip", "crop"], "augment_factor": 3})
     report = quick(calibration=pixels, recipe=recipe, preprocess={"scale_values": [128.0]}).report
-    assert (report.data.calibration, report.data.fit, report.data.held_out) == (20, 51, 3)
+    assert (report.data.calibration, report.data.fit, report.data.held_out) == (20, 54, 2)
 
 
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern, PruningResult
 from pot_sparsity.algorithms.pruning.problem import DEFAULT_OPTIONS, UNSTRUCTURED, LayerProblem, SolverOptions
 from pot_sparsity.algorithms.pruning.projection import pattern_mask
-from pot_sparsity.algorithms.pruning.refit import refit
+from pot_sparsity.algorithms.pruning.refit import refitted
 
 
 def magnitude(
@@ -35,9 +35,7 @@ def magnitude_refit(
     """Zero the smallest weights and refit the others exactly: AdaPrune's optimum (a :class:`Solver`)."""
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
-    mask = magnitude_mask(problem, zeros, pattern)
-    weight, damping = refit(problem, mask, workers=options.workers)
-    return problem.result(weight, mask, damping)
+    return refitted(problem, magnitude_mask(problem, zeros, pattern), workers=options.workers)
 
 
 def magnitude_mask(problem: LayerProblem, zeros: int, pattern: Pattern) -> Bool:

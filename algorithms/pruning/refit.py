@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky
 from scipy.linalg.lapack import dtrtri
 
-from pot_sparsity.algorithms.arrays import Bool, Float32, Float64
+from pot_sparsity.algorithms.arrays import Bool, Float32, Float64, PruningResult
 from pot_sparsity.algorithms.pruning.parallel import RowPool, slices
 from pot_sparsity.algorithms.pruning.problem import DAMPING_STEPS, PIVOT_FLOOR, LayerProblem
 
@@ -120,6 +120,12 @@ def _refit_group(
         return damping
 
     return max(pool.map(solve, slices(len(rows), _ROWS if by_gradients or dear else _ROWS // 8)))
+
+
+def refitted(problem: LayerProblem, mask: Bool, *, workers: int = 1) -> PruningResult:
+    """The layer with the weights of a support refitted, as solvers return it; raises as :func:`refit`."""
+    weight, damping = refit(problem, mask, workers=workers)
+    return problem.result(weight, mask, damping)
 
 
 def solve_support(

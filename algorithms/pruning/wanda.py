@@ -10,7 +10,7 @@ from __future__ import annotations
 from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern, PruningResult
 from pot_sparsity.algorithms.pruning.problem import DEFAULT_OPTIONS, UNSTRUCTURED, LayerProblem, SolverOptions
 from pot_sparsity.algorithms.pruning.projection import pattern_mask
-from pot_sparsity.algorithms.pruning.refit import refit
+from pot_sparsity.algorithms.pruning.refit import refitted
 
 
 def wanda(
@@ -38,9 +38,7 @@ def wanda_refit(
     """Zero the weights of least score and refit the others exactly (a :class:`Solver`)."""
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
-    mask = wanda_mask(problem, zeros, pattern)
-    weight, damping = refit(problem, mask, workers=options.workers)
-    return problem.result(weight, mask, damping)
+    return refitted(problem, wanda_mask(problem, zeros, pattern), workers=options.workers)
 
 
 def wanda_mask(problem: LayerProblem, zeros: int, pattern: Pattern) -> Bool:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pot_sparsity.algorithms.arrays import Bool, Float64, Moments
+from pot_sparsity.algorithms.arrays import Float64, Moments
 from pot_sparsity.algorithms.correction import differential_correction, output_statistics
 from pot_sparsity.algorithms.moments import CrossMoments
 from pot_sparsity.algorithms.pruning.problem import LayerProblem
-from pot_sparsity.algorithms.pruning.refit import refit
+from pot_sparsity.algorithms.pruning.refit import refitted
 from pot_sparsity.algorithms.reconstruction import RIDGE, sparse_target
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, run_solver, shrunk, solver_options
 from pot_sparsity.recipe import Recipe
@@ -103,14 +103,7 @@ def _reconstruct(
     if recipe.reconstruction.masks == "solved":
         zeros = int(np.count_nonzero(start.weight == 0.0))
         result = run_solver(recipe, solver_options(recipe), item.layer, target.weight, second, zeros)
-        weight, damping = result.weight, result.damping
     else:
-        weight, damping = _on_mask(target.weight, second, start.mask)
+        result = refitted(LayerProblem.of(target.weight, second), start.mask)
     decision = LayerDecision(item.layer.name, target.blend, target.error_before, target.error_after)
-    return weight, max(damping, start.damping), decision
-
-
-def _on_mask(target: Float64, second: Float64, mask: Bool) -> tuple[Float64, float]:
-    problem = LayerProblem.of(target, second)
-    weight, damping = refit(problem, mask)
-    return problem.result(weight, mask, damping).weight, damping
+    return result.weight, max(result.damping, start.damping), decision

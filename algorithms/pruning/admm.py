@@ -16,12 +16,18 @@ Restarts, which the paper does not have: from the best point, with the ``V`` tha
 ``rho`` shakes the support and ADMM settles again. Rows are independent but for the number of weights they
 share, so of the two points each row takes the one of less ``error + price * weights kept``, at the price that
 keeps the count.
+
+With the polish (unstructured) the best support is walked on from by tabu search, in turn with such restarts,
+before the last swaps are made.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from scipy.linalg.lapack import spotrf, spotri
@@ -39,6 +45,7 @@ from pot_sparsity.algorithms.pruning.problem import (
 from pot_sparsity.algorithms.pruning.projection import pattern_mask
 from pot_sparsity.algorithms.pruning.refit import refit
 from pot_sparsity.algorithms.pruning.swap import polish
+from pot_sparsity.algorithms.pruning.tabu import Plan, TabuSearch
 
 # Growth of rho per iteration while at least this fraction of the kept weights moved.
 _GROWTH = ((0.1, 1.02), (0.005, 1.015), (0.0, 1.01))
@@ -58,8 +65,17 @@ _RHO_RESTART = (0.1, 0.14)
 # With the polish ADMM is given this much more effort, and so many restarts.
 _POLISH_EFFORT = 2.0
 _POLISH_RESTARTS = 10
+# Rounds of tabu search before the polish: as many as an ordinary core makes in so many seconds, up to a bound.
+# Every so many rounds ADMM shakes the best support and settles, from these penalties in turn.
+_WALK_SECONDS = 4.0
+_WALK_ROUNDS = 40
+_WALK_PART = 8
+_RHO_WALK = (0.1, 0.14, 0.08, 0.2)
 # Rows per part, whatever the number of workers.
 _ROWS = 64
+
+# (penalty, pace, start=weights) -> support and weights, see _descend.
+_Descent: TypeAlias = Callable[..., tuple[Bool, Float64]]
 
 
 @dataclass(frozen=True)
@@ -128,33 +144,51 @@ def admm(
     if not (~easy & ~problem.free).any() or not easy.any():
         point = _point(problem, options, easy)
         return problem.result(point.weight, point.mask, point.damping)
+    layer = _Scaled.of(problem)
     with RowPool(options.workers) as pool:
-        best = _search(problem, easy, zeros, pattern, options, pool)
-    result = problem.result(best.weight, best.mask, best.damping)
-    if not options.polish:
-        return result
+        descend = partial(_descend, problem, layer, zeros, pattern, pool=pool)
+        best = _search(problem, descend, easy, zeros, pattern, options)
+        result = problem.result(best.weight, best.mask, best.damping)
+        if not options.polish:
+            return result
+        until = np.inf if options.polish_seconds is None else time.monotonic() + options.polish_seconds
+        support = best.mask
+        if pattern.kind == "unstructured" and options.polish_swaps is None:
+            support = _walked(problem, descend, best, options, pool, until)
     polished = polish(
         problem,
-        best.mask,
+        support,
         pattern,
         swaps=options.polish_swaps,
-        seconds=options.polish_seconds,
+        seconds=None if until == np.inf else max(0.0, until - time.monotonic()),
         workers=options.workers,
     )
     better = problem.result(polished.weight, polished.mask, max(best.damping, polished.damping))
     return better if better.error <= result.error else replace(result, damping=better.damping)
 
 
+def _cost(problem: LayerProblem) -> float:
+    """Multiplications per iteration."""
+    groups, rows, cols = problem.target.shape
+    return float(groups * rows * cols**2)
+
+
+def _pace(problem: LayerProblem, options: SolverOptions) -> float:
+    """How many times slower than usual the penalty grows."""
+    return options.effort * float(np.clip(_DEAR / _cost(problem), 1 / 3, 1.0))
+
+
 def _search(
-    problem: LayerProblem, easy: Bool, zeros: int, pattern: Pattern, options: SolverOptions, pool: RowPool
+    problem: LayerProblem,
+    descend: _Descent,
+    easy: Bool,
+    zeros: int,
+    pattern: Pattern,
+    options: SolverOptions,
 ) -> _Point:
     """Best point of all starting penalties, then of the restarts."""
-    groups, rows, cols = problem.target.shape
-    cost = float(groups * rows * cols**2)
-    slow = options.effort * float(np.clip(_DEAR / cost, 1 / 3, 1.0))
+    cost, slow = _cost(problem), _pace(problem, options)
     pace = slow * (_POLISH_EFFORT if options.polish else 1.0)
-    layer = _Scaled.of(problem)
-    descend = partial(_descend, problem, layer, zeros, pattern, pool=pool)
     point = partial(_point, problem, options)
     found = [point(*descend(rho, pace)) for rho in options.rho or (_RHO_CHEAP if cost <= _CHEAP else _RHO)]
     if cost <= _CHEAP:
@@ -167,6 +201,33 @@ def _search(
         mixed = _mixed(problem, best, other, zeros, pattern, options.workers)
         best = min((best, other, mixed), key=lambda candidate: candidate.error)
     return best
+
+
+def _walked(
+    problem: LayerProblem,
+    descend: _Descent,
+    best: _Point,
+    options: SolverOptions,
+    pool: RowPool,
+    until: float,
+) -> Bool:
+    """Support that a tabu search finds from the best point, and from where ADMM settles once it is shaken."""
+    plan = Plan.of(best.mask, _WALK_SECONDS, _WALK_ROUNDS)
+    if not plan.rounds:
+        return best.mask
+    search = TabuSearch(
+        problem, best.mask, best.errors, plan.steps, pool, over=lambda: time.monotonic() >= until
+    )
+    for turn, rounds in enumerate(slices(plan.rounds, _WALK_PART)):
+        start = best
+        if turn:
+            if time.monotonic() >= until:
+                break
+            settled = _point(problem, options, search.best())
+            penalty = _RHO_WALK[turn % len(_RHO_WALK)]
+            start = _point(problem, options, *descend(penalty, _pace(problem, options), start=settled.weight))
+        search.walk(start.mask, start.errors, rounds.stop - rounds.start, turn)
+    return search.best()
 
 
 def _point(problem: LayerProblem, options: SolverOptions, mask: Bool, start: Float64 | None = None) -> _Point:

@@ -39,9 +39,11 @@ class SolverOptions:
     workers
         Threads over the rows of a layer; the result does not depend on it.
     polish
-        ADMM and ExactOBS: end with the 1-swap polish (unstructured and ``n:m`` only).
+        ADMM and ExactOBS: end with the 1-swap polish (unstructured and ``n:m`` only). ADMM takes more effort
+        then and, where the pattern is unstructured and the layer not too wide, searches for some seconds first.
     polish_swaps, polish_seconds
-        Budget of the polish; None is no bound. A bound in seconds makes the result depend on the machine.
+        Budget of the polish; None is no bound. A bound on swaps leaves the search out; one in seconds counts
+        it in and makes the result depend on the machine.
     """
 
     rho: tuple[float, ...] = ()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pot_sparsity.algorithms.arrays import Bool, Float64, Pattern
 from pot_sparsity.algorithms.pruning.problem import LayerProblem
-from pot_sparsity.algorithms.pruning.swap import _Tableau, polish
+from pot_sparsity.algorithms.pruning.swap import polish
+from pot_sparsity.algorithms.pruning.tableau import Tableau
 from tests.algorithms.pruning.layers import make_layer, oracle_error, oracle_refit
 
 
@@ -28,7 +29,7 @@ def test_the_best_pair_is_found_and_its_change_is_exact(seed: int, cols: int, da
     mask = _random_mask(seed, target.shape, data.draw(st.integers(1, cols - 1)))
     problem = LayerProblem.of(target, second)
     scaled = target[0, 0] * problem.scale[0, 0]
-    tableau = _Tableau(problem.correlation[0], scaled, mask[0, 0], np.ones(cols, np.bool_))
+    tableau = Tableau(problem.correlation[0], scaled, mask[0, 0], np.ones(cols, np.bool_))
     start = _error(target, second, mask)
     best = 0.0
     for gone in np.flatnonzero(mask[0, 0]):
@@ -40,7 +41,7 @@ def test_the_best_pair_is_found_and_its_change_is_exact(seed: int, cols: int, da
     assert change == pytest.approx(best, rel=1e-6, abs=1e-9 * (1 + start))
     if drop >= 0:
         tableau.swap(drop, grow)
-        fresh = _Tableau(problem.correlation[0], scaled, tableau.kept, np.ones(cols, np.bool_))
+        fresh = Tableau(problem.correlation[0], scaled, tableau.kept, np.ones(cols, np.bool_))
         order = [int(np.flatnonzero(fresh.support == column)[0]) for column in tableau.support]
         np.testing.assert_allclose(tableau.lines, fresh.lines[:, order], rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(tableau.diagonal, fresh.diagonal, rtol=1e-6, atol=1e-7)

@@ -1,12 +1,9 @@
-"""The benchmark networks, the arithmetic estimates and the pure parts of the comparison with onnxsim."""
+"""The benchmark networks and the arithmetic estimates."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
+import math
 
 import numpy as np
 import onnx
@@ -15,21 +12,10 @@ import pytest
 
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
+from tests.tools.loading import tool
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def _tool(name: str) -> ModuleType:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(TOOLS))
-
-
-models = _tool("network_models")
-bench = _tool("bench_network")
-compare = _tool("compare_onnxsim")
+models = tool("network_models")
+bench = tool("bench_network")
 
 TINY = ["--network", "encoder", "--blocks", "1", "--width", "16", "--sequence", "8", "--images", "4"]
 
@@ -89,7 +75,7 @@ def _oracle_block(values: dict[str, np.ndarray], tokens: np.ndarray, heads: int)
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return np.asarray(x @ values[f"block0_{name}_weight"].astype(np.float64))
 
-    erf = np.vectorize(importlib.import_module("math").erf)
+    erf = np.vectorize(math.erf)
     inner = norm(tokens)
     query, key, value = (linear(inner, f"attention_{part}") for part in ("query", "key", "value"))
     size = tokens.shape[1] // heads
@@ -184,100 +170,3 @@ def test_illegal_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
         assert text in capsys.readouterr().err
     assert bench.main([*TINY, "--sparsity", "1.5", "--peak-size", "64"]) == 2
     assert "sparsity" in capsys.readouterr().err
-
-
-def test_matmul_model_multiplies_with_the_weight() -> None:
-    weight = np.random.default_rng(0).standard_normal((3, 7))
-    model = compare.matmul_model(weight)
-    rows = np.random.default_rng(1).standard_normal((5, 7)).astype(np.float32)
-    np.testing.assert_allclose(_run(model, rows), rows @ weight.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(compare.pruned_weight(load_model(model)), weight.astype(np.float32))
-    assert compare.reached_sparsity(load_model(compare.matmul_model(np.array([[0.0, 1.0]])))) == 0.5
-
-
-def test_calibration_rows_have_exactly_the_moment() -> None:
-    inputs = np.random.default_rng(0).standard_normal((6, 40))
-    second = 2 * inputs @ inputs.T / 40
-    rows = compare.rows_with_moment(second).astype(np.float64)
-    np.testing.assert_allclose(2 * rows.T @ rows / len(rows), second, atol=1e-5)
-
-
-FAKE = """
-import sys, types, onnx, onnx.numpy_helper as nh
-fake = types.ModuleType("onnxsim")
-fake.__version__ = "fake"
-fake.simplify = lambda model: (model, True)
-def prune(model, sparsity, n, m, calibration_data):
-    assert [b["x"].shape for b in calibration_data] == [(2, 4), (2, 4)] and (n, m) == (2, 4)
-    weight = model.graph.initializer[0]
-    value = nh.to_array(weight).copy()
-    value[:2] = 0
-    weight.CopyFrom(nh.from_array(value, weight.name))
-    return model
-fake.apply_wanda_pruning = prune
-sys.modules["onnxsim"] = fake
-"""
-
-
-def test_worker_prunes_with_the_samples_it_is_given(tmp_path: Path) -> None:
-    weight = np.arange(1.0, 9.0).reshape(2, 4)
-    source, output = tmp_path / "layer.onnx", tmp_path / "pruned.onnx"
-    onnx.save(compare.matmul_model(weight), source)
-    # An interpreter that finds a stand-in for onnxsim before it runs the worker.
-    program = tmp_path / "python"
-    program.write_text(
-        f"#!{sys.executable}\n{FAKE}\nimport runpy\nsys.argv = sys.argv[1:]\n"
-        'runpy.run_path(sys.argv[0], run_name="__main__")\n',
-        encoding="utf-8",
-    )
-    program.chmod(0o755)
-    samples = {"x": np.ones((5, 4), np.float32)}
-    pattern = compare.Pattern.parse("2:4")
-    version, seconds = compare.run_onnxsim(
-        program, source, output, samples, "wanda", 0.5, pattern, batch=2, simplify=True
-    )
-    assert version == "fake"
-    assert seconds >= 0
-    np.testing.assert_array_equal(compare.pruned_weight(load_model(output)), [[0, 0, 3, 4], [0, 0, 7, 8]])
-    with pytest.raises(compare.UserError, match="cannot be run"):
-        compare.run_onnxsim(
-            tmp_path / "none", source, output, samples, "wanda", 0.5, pattern, batch=2, simplify=True
-        )
-    with pytest.raises(compare.UserError, match=r"onnxsim's magnitude failed on layer\.onnx"):
-        compare.run_onnxsim(
-            program, source, output, samples, "magnitude", 0.5, pattern, batch=2, simplify=True
-        )
-
-
-def test_tables_put_methods_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shared = {"model": "net", "pattern": "unstructured", "sparsity": 0.5}
-    lines = [
-        {"layer": "l", "pattern": "2:4", "sparsity": 0.5, "method": "admm", "relative_error": 0.01},
-        {"model": "net", "method": "dense", "metrics": {"top1": 90.0}},
-        shared | {"method": "a", "reached": 0.5, "metrics": {"top1": 80.0}},
-        shared | {"method": "b", "reached": 0.25, "metrics": {"agreement": 0.8}},
-    ]
-    path = tmp_path / "lines.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n| a table |\n", encoding="utf-8")
-    assert compare.main(["--render", str(path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "| layer | pattern | sparsity | admm |",
-        "| --- | --- | --- | --- |",
-        "| l | 2:4 | 0.5 | 0.01000 |",
-        "",
-        "| model | pattern | sparsity | dense | a | b |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| net | unstructured | 0.5 | 90.00 | 80.00 (50.0) | - (25.0) |",
-    ]
-
-
-def test_what_is_missing_on_the_command_line_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, text in (
-        ([], "--onnxsim-python is needed"),
-        (["--onnxsim-python", "x"], "nothing to compare"),
-        (["--onnxsim-python", "x", "net.onnx"], "go with MODEL"),
-        (["--onnxsim-python", "x", "--shape", "8x9", "--pattern", "block:4"], "no blocks"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            compare.parse(given)
-        assert text in capsys.readouterr().err

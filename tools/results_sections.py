@@ -1,0 +1,246 @@
+"""The experiments of docs/results.md: what is run, and in which table it stands.
+
+Every experiment is one ``pot-sparsity optimize`` command on a network of the zoo.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pot_sparsity.data import load_preprocess
+from pot_sparsity.recipe import load_recipe
+
+ZOO = "$ZOO"
+SPLIT = "dev"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: a network of the zoo, a sparsity, and what differs from the default recipe."""
+
+    entry: str
+    percent: int
+    recipe: str | None = None
+    settings: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique name, for --only and the cache."""
+        given = [part for part in (self.recipe, self.pattern) if part]
+        return "/".join([self.entry, str(self.percent), *given, *self.settings])
+
+    def arguments(self, zoo: Mapping[str, Any]) -> list[str]:
+        """Command-line arguments with paths under ``$ZOO``, without the output folder."""
+        entry = zoo[self.entry]
+        given = ["optimize", f"{ZOO}/{entry['model']}", "--calibration", f"{ZOO}/{entry['calibration']}"]
+        given += ["--validation", f"{ZOO}/{entry['validation']}"]
+        if "labels" in entry:
+            given += ["--validation-labels", f"{ZOO}/{entry['labels']}", "--validation-split", SPLIT]
+        given += preprocess_arguments(entry.get("preprocess", {}))
+        given += ["--recipe", self.recipe] if self.recipe else []
+        given += ["--sparsity", f"{self.percent / 100:g}"]
+        given += ["--pattern", self.pattern] if self.pattern else []
+        for setting in self.settings:
+            given += ["--set", setting]
+        return given
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of the columns that tell the rows of a table apart."""
+
+    title: str
+    cell: Callable[[Experiment], str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of the page.
+
+    ``columns`` name its rows. A compact one shows neither the dense variants, which are the same in all rows,
+    nor the command of every row: its rows differ from the first one's by what ``columns`` say.
+    """
+
+    title: str
+    text: str
+    experiments: tuple[Experiment, ...]
+    columns: tuple[Column, ...]
+    compact: bool = False
+
+
+def preprocess_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Preprocessing as options of the command line; what the options default to is left out."""
+    pictures = load_preprocess(settings)
+    given: list[str] = []
+    for option, values, neutral in (
+        ("--mean-values", pictures.mean_values, 0.0),
+        ("--scale-values", pictures.scale_values, 1.0),
+    ):
+        if any(value != neutral for value in values):
+            given += [option, ",".join(f"{value:.10g}" for value in values)]
+    if pictures.layout != "NHWC":
+        given += ["--layout", pictures.layout]
+    if pictures.reverse_input_channels:
+        given.append("--reverse-input-channels")
+    if pictures.resize is not None:
+        given += ["--resize", pictures.resize]
+    if pictures.crop_size is not None:
+        height, width = pictures.crop_size
+        given += ["--center-crop", str(height) if height == width else f"{height}x{width}"]
+    return given
+
+
+def command(experiment: Experiment, zoo: Mapping[str, Any]) -> str:
+    """The command as a user types it."""
+    given = experiment.arguments(zoo)
+    return " ".join(
+        ["pot-sparsity", *(w if w.startswith(ZOO) else shlex.quote(w) for w in given), "-o", "out"]
+    )
+
+
+def _network(experiment: Experiment) -> str:
+    preset = "".join(f", {s.partition('=')[2]}" for s in experiment.settings)
+    return f"{experiment.entry}, {experiment.percent} %{preset}"
+
+
+def _difference(experiment: Experiment) -> str:
+    parts = [f"--recipe {experiment.recipe}"] if experiment.recipe else []
+    return ", ".join(f"`{part}`" for part in (*parts, *experiment.settings)) or "default"
+
+
+def _setting(experiment: Experiment, key: str) -> str | None:
+    """What the experiment sets that key to, if it does."""
+    found = [setting.partition("=")[2] for setting in experiment.settings if setting.startswith(f"{key}=")]
+    return found[0] if found else None
+
+
+def _method(experiment: Experiment) -> str:
+    return f"`{_setting(experiment, 'pruning.method') or load_recipe().pruning.method}`"
+
+
+def _pattern(experiment: Experiment) -> str:
+    return experiment.pattern or load_recipe().pruning.pattern
+
+
+def _weights(experiment: Experiment) -> str:
+    default = load_recipe().quantization
+    placed = _setting(experiment, "quantization.weights") or default.weights
+    return f"{placed}, {_setting(experiment, 'quantization.weight_bits') or default.weight_bits} bits"
+
+
+def _run(cell: Callable[[Experiment], str]) -> tuple[Column, ...]:
+    return (Column("run", cell),)
+
+
+_RESNET20 = "resnet20_akamaster_cifar10"
+_MOBILENET = "mobilenet_v1_025"
+_PICTURES = (_MOBILENET, "squeezenet1_1", "mobilenet_v2_100_dequant")
+_PERFORMANCE = "quantization.preset=performance"
+_COMPARED = (
+    *(f"allocation.method={name}" for name in ("uniform", "magnitude", "lamp", "erk")),
+    *(f"pruning.method={name}" for name in ("magnitude", "magnitude_refit", "exact_obs")),
+    "reconstruction.input=dense",
+    "correction.differential=never",
+)
+_EXACT = "pruning.method=exact_obs"
+_METHODS: tuple[str, ...] = (
+    *("exact_obs", "sparsegpt", "l_obs", "wanda_refit", "wanda", "magnitude_refit", "magnitude"),
+)
+_OBQ = ("quantization.weights=obq",)
+_OBQ4 = (*_OBQ, "quantization.weight_bits=4")
+_COMBINATIONS: tuple[tuple[str | None, tuple[str, ...]], ...] = (
+    (None, ()),
+    *((None, (f"pruning.method={name}",)) for name in _METHODS),
+    *((pattern, method) for pattern in ("2:4", "block:4") for method in ((), (_EXACT,))),
+    ("4:8", ()),
+    *(
+        (pattern, (*first, *last))
+        for pattern, first in ((None, ()), (None, (_EXACT,)), ("2:4", ()))
+        for last in (_OBQ, _OBQ4)
+    ),
+)
+
+
+def _combinations(entry: str) -> Section:
+    return Section(
+        f"Methods, patterns and weights on the grid: {entry}",
+        "Every solver of the registry at 50 % zeros, N:M patterns and blocks of 4, and INT8 weights that NNCF "
+        "rounds (`nncf`) or that are placed on its grid by the error of the layer's output "
+        "(`--set quantization.weights=obq`), at 4 bits with 16 of its levels "
+        "(`--set quantization.weight_bits=4`). Whatever the solver, the network's held-out outputs decide "
+        "whether the kept weights are fitted again to the dense outputs, so solvers differ here by their masks "
+        "more than by their weights.",
+        tuple(
+            Experiment(entry, 50, settings=settings, pattern=pattern) for pattern, settings in _COMBINATIONS
+        ),
+        (
+            Column("`pruning.method`", _method),
+            Column("`--pattern`", _pattern),
+            Column("INT8 weights", _weights),
+        ),
+        compact=True,
+    )
+
+
+SECTIONS = (
+    Section(
+        "CIFAR-10",
+        "Calibrated on 1,024 pictures of the training set without their labels, judged on 5,000 of the test "
+        "set.",
+        (
+            *(Experiment(_RESNET20, percent) for percent in (50, 60, 70, 80, 90)),
+            Experiment("resnet56_akamaster_cifar10", 60),
+            *(Experiment("resnet20b_distiller_cifar10", percent) for percent in (50, 70, 80)),
+            Experiment("resnet8_mlperftiny_cifar10", 50),
+        ),
+        _run(_network),
+    ),
+    Section(
+        "ImageNet pictures",
+        "Calibrated on 500 pictures, judged on 500 others (an easier subset than the whole validation set: "
+        "compare with the dense network on the same pictures). `performance` is NNCF's preset with symmetric "
+        "activations; the default is `mixed`.",
+        tuple(
+            Experiment(entry, 40, settings=settings)
+            for entry in _PICTURES
+            for settings in ((), (_PERFORMANCE,))
+        ),
+        _run(_network),
+    ),
+    Section(
+        "Detection",
+        "A float16 IR that ends in DetectionOutput, calibrated on 28 pictures and judged on 40 without "
+        "labels: percent of the detections with a score of at least 0.3 that have a counterpart in the dense "
+        "model, or the other way round (same class, intersection over union of at least 0.5).",
+        (Experiment("person-detection-0200", 50),),
+        _run(_network),
+    ),
+    Section(
+        "The recipe of the POT paper",
+        f"`--recipe pot` against the default on {_RESNET20}.",
+        tuple(Experiment(_RESNET20, percent, recipe) for percent in (50, 70) for recipe in (None, "pot")),
+        _run(lambda experiment: f"{experiment.percent} %, {_difference(experiment)}"),
+    ),
+    Section(
+        "Allocations, solvers and corrections",
+        f"{_RESNET20} at 70 %, one setting changed at a time. The default is `allocation.method="
+        "l2_normalized_magnitude`, `pruning.method=admm`, `reconstruction.input=sparse`, "
+        "`correction.differential=helps`.",
+        (
+            Experiment(_RESNET20, 70),
+            *(Experiment(_RESNET20, 70, settings=(setting,)) for setting in _COMPARED),
+        ),
+        _run(_difference),
+    ),
+    _combinations(_RESNET20),
+    _combinations(_MOBILENET),
+)
+
+
+def experiments(sections: Sequence[Section] = SECTIONS) -> list[Experiment]:
+    """Every experiment once, in the order of the page."""
+    return list(dict.fromkeys(e for section in sections for e in section.experiments))

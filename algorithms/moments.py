@@ -161,7 +161,8 @@ class _Stream:
         if self.first is None:
             raise ValueError("no activations were seen: the calibration data is empty")
         groups, cols = self.first.shape
-        second = assemble(self.sums, groups, cols, self.kernel)
+        with np.errstate(invalid="ignore"):  # inf - inf, refused below
+            second = assemble(self.sums, groups, cols, self.kernel)
         second /= self.count
         if not np.isfinite(np.einsum("gcc->gc", second)).all():
             raise ValueError(
@@ -355,7 +356,8 @@ class CrossMomentsAccumulator:
         inputs, outputs = self._stream.moments(), self._stream.outputs
         assert outputs is not None, "update() always books outputs"
         groups, rows = outputs.shape[1:]
-        cross = assemble_cross(self._stream.sums, groups, rows, inputs.mean.shape[1], self._stream.kernel)
+        with np.errstate(invalid="ignore"):  # inf - inf, refused below
+            cross = assemble_cross(self._stream.sums, groups, rows, inputs.mean.shape[1], self._stream.kernel)
         cross /= inputs.count
         if not np.isfinite(cross).all():
             raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -277,6 +277,35 @@ def paired_interval(correct_a: Bool, correct_b: Bool, confidence: float = 0.95) 
         / float(differences.size**0.5)
     )
     return mean, max(mean - half, -100.0), min(mean + half, 100.0)
+
+
+def sample_distances(reference: AnyArray, candidate: AnyArray, kind: Literal["error", "kl"]) -> Float64:
+    """Distance of one output to the dense model's, sample by sample.
+
+    Parameters
+    ----------
+    reference, candidate
+        The dense model's output and another's, ``[N, ...]``, of equal shape.
+    kind
+        ``error``: squared error, relative to the mean energy of the reference. ``kl``: divergence of the softmax
+        of class scores, in nats (mean over positions); outputs that do not look like class scores fall back
+        to ``error``.
+
+    Returns
+    -------
+    Float64
+        ``[N]``.
+    """
+    samples = reference.shape[0]
+    scores = _class_scores(reference), _class_scores(candidate)
+    if kind == "kl" and scores[0] is not None and scores[1] is not None:
+        ours, theirs = (_log_softmax(part.astype(np.float64)) for part in scores if part is not None)
+        divergence = (np.exp(ours) * (ours - theirs)).sum(axis=-1)
+        return np.asarray(divergence.reshape(samples, -1).mean(axis=1), dtype=np.float64)
+    flat = reference.reshape(samples, -1).astype(np.float64)
+    energy = float(np.square(flat).sum()) / samples
+    error = np.square(candidate.reshape(samples, -1) - flat).sum(axis=1)
+    return np.asarray(error / energy if energy > 0.0 else error, dtype=np.float64)
 
 
 def _class_scores(output: AnyArray) -> NDArray[np.floating] | None:

@@ -7,6 +7,7 @@ single keys are overridden (``--set pruning.method=magnitude``). Unknown keys ar
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,9 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.algorithms.arrays import Pattern
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
+from pot_sparsity.algorithms.tuning import LOSSES, OPTIMIZERS
 from pot_sparsity.errors import RecipeError
 
 When = Literal["always", "helps", "never"]
+#: The allocation that measures the network's output.
+OUTPUT_DISTORTION = "output_distortion"
 
 
 class _Section(BaseModel):
@@ -48,6 +52,17 @@ class AllocationSettings(_Section):
     """Which sparsity each layer gets."""
 
     method: str = Field("l2_normalized_magnitude", description="name of the allocation")
+    levels: int = Field(
+        7, ge=2, le=100, description="output_distortion: sparsities at which every layer is measured"
+    )
+    samples: int = Field(256, ge=1, description="output_distortion: samples it is measured on, at most")
+    distance: Literal["error", "kl"] = Field(
+        "error",
+        description="output_distortion: relative squared error of the outputs, or divergence of class scores",
+    )
+    aggregate: Literal["mean", "worst"] = Field(
+        "mean", description="output_distortion: over samples, the mean or the worst"
+    )
     options: dict[str, float | bool] = Field(default_factory=dict, description="options of that allocation")
     max_layer_sparsity: float = Field(1.0, gt=0.0, le=1.0, description="no layer gets sparser than this")
     ignored_names: tuple[str, ...] = Field((), description="layers left dense, by node name")
@@ -57,7 +72,7 @@ class AllocationSettings(_Section):
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        return _one_of(value, ALLOCATIONS, "allocation")
+        return _one_of(value, (*ALLOCATIONS, OUTPUT_DISTORTION), "allocation")
 
 
 class PruningSettings(_Section):
@@ -80,32 +95,155 @@ class PruningSettings(_Section):
         return str(Pattern.parse(value))
 
 
+class TuningSection(_Section):
+    """Layer-wise fine-tuning by gradient descent; the defaults are those of the POT paper and its code."""
+
+    optimizer: str = Field("adam", description="name of the optimizer: adam, sgd or adadelta")
+    loss: str = Field(
+        "mse",
+        description="distance to the dense model's output: mse, l1, huber or cosine; mse is the fastest",
+    )
+    samples: int = Field(300, ge=1, description="samples the batches are drawn from")
+    batch_size: int = Field(50, ge=1, description="samples of a batch")
+    iterations: int = Field(30, ge=1, description="batches")
+    updates_per_batch: int = Field(40, ge=1, description="updates on each batch")
+    learning_rate: float | None = Field(
+        None, gt=0.0, description="of the weights; 1e-5 for adam, 0.01 for sgd, 0.1 for adadelta by default"
+    )
+    bias_learning_rate: float | None = Field(
+        None, gt=0.0, description="of the biases; 1e-4 for adam, 0.1 for sgd and adadelta by default"
+    )
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="of sgd")
+    huber_delta: float = Field(1.0, gt=0.0, description="where the huber loss turns linear")
+    weight_decay: float = Field(0.0, ge=0.0, description="L2 regularization, added to the gradients")
+    lookahead_steps: int = Field(0, ge=0, description="updates between two of Lookahead; 0: no Lookahead")
+    lookahead_alpha: float = Field(0.5, gt=0.0, le=1.0, description="how far Lookahead's slow weights follow")
+    averaging: Literal["none", "swa", "ema"] = Field(
+        "none",
+        description="result: the last state, the mean of those after each batch of the second half (stochastic weight "
+        "averaging), or an exponential moving average over all updates",
+    )
+    averaging_decay: float = Field(0.99, ge=0.0, lt=1.0, description="decay of ema")
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        return _one_of(value, OPTIMIZERS, "optimizer")
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        return _one_of(value, LOSSES, "loss")
+
+
 class ReconstructionSettings(_Section):
     """What the kept weights are fitted to."""
 
+    method: Literal["closed_form", "tuning"] = Field(
+        "closed_form",
+        description="closed_form: least squares (with dense inputs, that is the solver's own refit); tuning: gradient "
+        "descent from the pruned weights, layer by layer",
+    )
+    when: Literal["always", "helps"] = Field(
+        "helps",
+        description="helps: kept if the network's output on held-out samples comes nearer to the dense model's",
+    )
+    tuning: TuningSection = TuningSection()
     input: Literal["dense", "sparse"] = Field(
         "sparse",
         description="fit on the dense model's inputs, or on the sparse model's own against dense outputs",
+    )
+    target: Literal["layer", "block"] = Field(
+        "block",
+        description="with sparse inputs, what a layer that ends a residual block is fitted to: its own dense output, "
+        "or the block's dense output minus the sparse skip",
     )
     masks: Literal["kept", "solved"] = Field(
         "kept", description="with sparse inputs: keep the masks of the pruning stage, or solve for them again"
     )
 
+    @model_validator(mode="after")
+    def _tuning_keeps_masks(self) -> ReconstructionSettings:
+        if self.method == "tuning" and self.masks == "solved":
+            raise ValueError("'masks: solved' needs 'method: closed_form': tuning keeps the masks")
+        return self
+
 
 class CorrectionSettings(_Section):
-    """Repairing statistics without gradients."""
+    """Repairing statistics without gradients.
+
+    ``helps``: kept if the network's output on held-out samples comes nearer to the dense model's.
+    """
 
     weights: Literal["none", "published", "exact"] = Field(
         "none", description="per-channel mean and variance of the weights (POT), as published or exact"
     )
-    bias: bool = Field(
-        True, description="one-shot activation-bias correction (exact: the bias is fitted too)"
+    weights_when: When = Field("helps", description="when the correction of the weights is kept")
+    bias: Literal[True, False, "helps"] = Field(
+        True,
+        description="activation-bias correction: true, false or helps; unless false, layers get a bias, and fits take "
+        "it as free",
+    )
+    bias_mode: Literal["one_shot", "sequential"] = Field(
+        "one_shot",
+        description="one_shot: from the dense model's inputs; sequential: solved again in sequence, from the sparse "
+        "model's own (as sparse-input reconstruction does in any case)",
     )
     differential: When = Field(
         "helps", description="per-channel mean and deviation of each layer's output, measured in sequence"
     )
-    scale: bool = Field(True, description="let the differential correction rescale channels")
+    normalization: When = Field(
+        "helps",
+        description="per-channel mean and deviation behind each LayerNorm, merged into its scale and shift",
+    )
+    batch_norm: Literal["none", "reestimate"] = Field(
+        "none",
+        description="reestimate: give fused BatchNorms the statistics of the calibration samples; harms networks "
+        "trained on other samples (augmented ones, say), which the run finds out and warns of",
+    )
+    batch_norm_when: When = Field("helps", description="when re-estimated BatchNorms are kept")
+    scale: bool = Field(
+        True, description="let the differential and the normalization correction rescale channels"
+    )
     clip: tuple[float, float] = Field((0.5, 2.0), description="bounds of that rescaling")
+
+    @field_validator("clip")
+    @classmethod
+    def _around_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 < value[0] <= 1.0 <= value[1]:
+            raise ValueError("it must be [smallest, largest] with 0 < smallest <= 1 <= largest")
+        return value
+
+
+class FinishSettings(_Section):
+    """Last steps on the sparse model as a whole, after reconstruction and correction."""
+
+    activations: When = Field(
+        "helps",
+        description="fit every layer again, in sequence, to what the activation behind it lets through and what "
+        "the sparse residual branch adds",
+    )
+    slack: tuple[float, ...] = Field(
+        (0.3,),
+        min_length=1,
+        description="weight of the plain error where the dense activation is flat, 0 to 1; of several the best is kept",
+    )
+    positions: int = Field(2**16, ge=1, description="output positions of a layer that those fits see, at most")
+    rescaling: When = Field(
+        "helps", description="tune scales and biases of all channels together against the network's output"
+    )
+    sweeps: int = Field(1, ge=1, description="Gauss-Newton steps of it; the first that does not help ends them")
+    samples: int = Field(256, ge=1, description="samples the derivatives are measured on, at most")
+    budget: float = Field(
+        20.0, ge=0.0, description="10^12 floating-point operations that a sweep may take; fewer samples, then none"
+    )
+
+    @field_validator("slack")
+    @classmethod
+    def _between(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0.0 <= slack <= 1.0 for slack in value):
+            raise ValueError("every slack lies between 0 and 1")
+        return value
 
 
 class ScheduleSettings(_Section):
@@ -116,6 +254,11 @@ class ScheduleSettings(_Section):
     )
     initial: float = Field(0.1, ge=0.0, le=1.0, description="s_i of the cubic schedule")
     iterations: int = Field(10, ge=1, description="T of the cubic schedule")
+    start: Literal["dense", "previous"] = Field(
+        "dense",
+        description="what an iteration prunes: the dense weights, or those that the one before ended with (as in the "
+        "POT paper: zeros stay, tuning goes on)",
+    )
     max_drop: float | None = Field(
         None, ge=0.0, description="largest allowed drop of the metric, in its points"
     )
@@ -167,6 +310,7 @@ class Recipe(_Section):
     pruning: PruningSettings = PruningSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     correction: CorrectionSettings = CorrectionSettings()
+    finish: FinishSettings = FinishSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     quantization: QuantizationSettings = QuantizationSettings()
 
@@ -242,7 +386,7 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
                 f"cannot read recipe {name!r}: {reason}; give a YAML file or one of {', '.join(shipped_recipes())}"
             ) from None
     try:
-        settings = yaml.safe_load(text)
+        settings = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
@@ -252,6 +396,23 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RecipeError(f"recipe {name!r} must be a mapping of keys, got {type(settings).__name__}")
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``2:4`` as text, as YAML 1.2 does: to YAML 1.1 it is 124, in base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"[0-9]+:[0-9]+")), *known]
+    if first in "123456789"
+    else known
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse(text: str) -> Any:
+    """Python objects of a YAML text."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def _deep_copy(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +430,7 @@ def _override(settings: dict[str, Any], text: str) -> None:
         if not isinstance(section, dict):
             raise RecipeError(f"--set {text!r}: '{parent}' is a single value, not a section")
     try:
-        section[last] = yaml.safe_load(value)
+        section[last] = _parse(value)
     except yaml.YAMLError:
         raise RecipeError(f"--set {text!r}: the value is not valid YAML") from None
 

@@ -30,7 +30,13 @@ def test_pot_is_as_published() -> None:
     assert recipe.allocation.method == "l2_normalized_magnitude"
     assert recipe.pruning.method == "magnitude"
     assert (recipe.schedule.kind, recipe.schedule.initial, recipe.schedule.iterations) == ("cubic", 0.1, 10)
+    assert recipe.schedule.start == "previous"
     assert recipe.correction.weights == "published"
+    fit = recipe.reconstruction
+    assert (fit.method, fit.input, fit.when) == ("tuning", "dense", "always")
+    assert (fit.tuning.optimizer, fit.tuning.loss, fit.tuning.batch_size) == ("adam", "mse", 50)
+    assert (fit.tuning.learning_rate, fit.tuning.bias_learning_rate) == (1e-5, 1e-4)
+    assert fit.tuning.weight_decay == 0.0
     assert recipe.quantization.preset == "performance"
 
 
@@ -113,3 +119,29 @@ def test_an_empty_file_is_the_defaults_of_the_schema(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     assert not [key for key, text in known_keys().items() if not text]
+
+
+def test_corrections_and_when_they_are_kept() -> None:
+    recipe = load_recipe({"correction": {"weights": "exact", "bias": "helps"}}, ["correction.bias=false"])
+    assert (recipe.correction.weights, recipe.correction.weights_when) == ("exact", "helps")
+    assert recipe.correction.bias is False
+    assert load_recipe({"correction": {"bias": "helps"}}).correction.bias == "helps"
+    assert load_recipe("pot").correction.weights_when == "always"
+    with pytest.raises(
+        RecipeError, match=r"recipe key 'correction\.bias': Input should be True, False or 'helps'"
+    ):
+        load_recipe({"correction": {"bias": "always"}})
+    with pytest.raises(RecipeError, match=r"'correction\.clip': it must be \[smallest, largest\] with 0 <"):
+        load_recipe(None, ["correction.clip=[1.5, 2]"])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "block:4", "unstructured"])
+def test_patterns_need_no_quotes(tmp_path: Path, pattern: str) -> None:
+    """To YAML 1.1, 2:4 is a number in base 60."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"pruning:\n  pattern: {pattern}\nsparsity: 0.5\nseed: 12\n")
+    for recipe in (load_recipe(path), load_recipe(None, [f"pruning.pattern={pattern}", "seed=12"])):
+        assert recipe.pruning.pattern == pattern
+        assert (recipe.sparsity, recipe.seed) == (0.5, 12)
+        path.write_text(recipe.dump())
+        assert load_recipe(path) == recipe

@@ -66,6 +66,14 @@ class ChannelStatistics:
             count = total
         return cls(count, mean, squares / count)
 
+    @property
+    def about_zero(self) -> ChannelStatistics:
+        """The same values with their spread taken about zero: mean 0, second moment as variance.
+
+        What a gain alone, without a bias, can restore.
+        """
+        return ChannelStatistics(self.count, np.zeros_like(self.mean), self.var + np.square(self.mean))
+
     @classmethod
     def merge(cls, parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
         """Statistics of the union of the values behind ``parts`` (any order, any grouping, up to rounding).

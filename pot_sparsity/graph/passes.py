@@ -8,12 +8,13 @@ stored type. Each pass reads all it needs before its first structural edit: ever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 
 from pot_sparsity.algorithms.arrays import AnyArray, Float64, MatMulGeometry
+from pot_sparsity.algorithms.correction import FusedBatchNorm
 from pot_sparsity.graph.chains import (
     Blocked,
     chain_of,
@@ -47,13 +48,17 @@ class NotFused:
 
 @dataclass(frozen=True)
 class _Fusion:
-    """One planned fusion: new values for a layer and the nodes that then have nothing left to do."""
+    """One planned fusion: new values for a layer and the nodes that then have nothing left to do.
+
+    ``norm`` is what the layer absorbs, where that is a BatchNormalization.
+    """
 
     layer: Layer
     place: Place
     weight: Float64 | None
     bias: Float64 | None
     removed: tuple[str, ...]
+    norm: FusedBatchNorm | None = None
 
 
 class _CannotFuseError(Exception):
@@ -111,19 +116,30 @@ def _folded(graph: Graph, tensor: str, keep_compressed: bool) -> AnyArray | None
     return evaluate(graph, chain).astype(dtype)
 
 
-def fuse_batchnorm(model: Model) -> list[NotFused]:
+def fuse_batchnorm(model: Model, absorbed: dict[str, FusedBatchNorm] | None = None) -> list[NotFused]:
     """Fuse batch normalization into the layer before it; returns what had to be kept.
 
     Handles BatchNormalization and its decomposed form, a Multiply (or Divide) by a constant per channel with
     or without an Add after it, behind a convolution, transposed convolution or matrix product with or without
     a bias: ``W' = f W`` and ``b' = f (b - mean) + beta`` with ``f = gamma / sqrt(variance + epsilon)`` per
     output channel.
+
+    Parameters
+    ----------
+    model
+        Edited in place.
+    absorbed
+        Filled with the BatchNormalization that ends each layer's output now, by the layer's name.
     """
+    norms: dict[str, FusedBatchNorm] = {} if absorbed is None else absorbed
     while True:
         plans, refused = _plan(model)
         if not plans:
             return refused
         for plan in plans:
+            norms.pop(plan.layer.name, None)  # what scales a normalized output anew is not a normalization
+            if plan.norm is not None:
+                norms[plan.layer.name] = plan.norm
             if plan.weight is not None:
                 write_weight(model, plan.layer, plan.weight)
             if plan.bias is not None and plan.place.bias is not None:
@@ -269,9 +285,9 @@ def _fuse_normalization(model: Model, graph: Graph, node: Node, layer: Layer, pl
     bias = _current_bias(model, graph, layer, place)
     old = np.zeros(size) if bias is None else bias
     new = (old - mean.reshape(size)) * factor.reshape(size) + beta.reshape(size)
-    return _checked(
-        model, _Fusion(layer, place, _scaled(model, layer, factor.reshape(size)), new, (node.name,))
-    )
+    plan = _Fusion(layer, place, _scaled(model, layer, factor.reshape(size)), new, (node.name,))
+    norm = FusedBatchNorm(gamma, beta, variance, cast("float", node.attrs["epsilon"]))
+    return replace(_checked(model, plan), norm=norm)
 
 
 def _decomposed(graph: Graph, node: Node, places: Mapping[str, tuple[Layer, Place]]) -> bool:

@@ -84,4 +84,7 @@ def _result(layer: Layer, accumulators: Mapping[tuple[str, str], MomentsAccumula
     parts = [accumulators[layer.name, place.node] for place in layer.places]
     if not any(part.count for part in parts):
         raise ModelError(f"layer {layer.name!r} saw no calibration sample: give at least one full batch")
-    return Moments.merge([part.result() for part in parts if part.count])
+    try:
+        return Moments.merge([part.result() for part in parts if part.count])
+    except ValueError as error:
+        raise DataError(f"calibration of layer {layer.name!r} failed: {error}") from error

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from pot_sparsity.algorithms.allocation import get_allocation
+from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.arrays import Moments
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
-from pot_sparsity.errors import RecipeError
 from pot_sparsity.graph.model import Model
-from pot_sparsity.pipeline.evaluate import Evaluator, distance
-from pot_sparsity.pipeline.prepare import Prepared, layer_weights
+from pot_sparsity.graph.normalization import find_normalizations
+from pot_sparsity.pipeline.allocate import allocate
+from pot_sparsity.pipeline.correction import (
+    DENSE_CHECK,
+    Attempt,
+    Guard,
+    Steps,
+    attempts,
+    check_dense,
+    correct_pruned,
+)
+from pot_sparsity.pipeline.evaluate import Evaluator
+from pot_sparsity.pipeline.finish import Finish
+from pot_sparsity.pipeline.prepare import Prepared
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.sequential import Walker, walk
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, prune_layers
 from pot_sparsity.recipe import Recipe
-from pot_sparsity.report.schema import Decision
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Surroundings:
     recorder: Recorder
     progress: Progress
     judge: Evaluator
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,24 +62,22 @@ class Compressed:
     zeros: dict[str, int]
 
 
-def allocate(dense: Sequence[DenseLayer], recipe: Recipe, sparsity: float) -> dict[str, int]:
-    """Zeros of each layer; RecipeError if the allocation refuses its options or the sparsity."""
-    settings = recipe.allocation
-    try:
-        method = get_allocation(settings.method, **settings.options)
-        return method(layer_weights(dense), sparsity, max_layer_sparsity=settings.max_layer_sparsity)
-    except ValueError as error:
-        raise RecipeError(f"allocation: {error}") from None
+def compress(
+    around: Surroundings, sparsity: float, key: str, previous: Mapping[str, Solution] | None = None
+) -> Compressed:
+    """Prune to ``sparsity``, then reconstruct and correct in sequence where that helps.
 
-
-def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
-    """Prune to ``sparsity`` from the dense weights, then reconstruct and correct in sequence where that helps."""
+    What is pruned are the dense weights, or those of ``previous``; the targets are the dense model's in any case.
+    """
     recipe, recorder = around.recipe, around.recorder
+    start = around.dense
+    if previous is not None:
+        start = [replace(item, weight=previous[item.layer.name].weight) for item in start]
     with recorder.stage("allocation"):
-        zeros = allocate(around.dense, recipe, sparsity)
+        zeros = allocate(start, recipe, sparsity, around.curves)
     with recorder.stage("pruning"):
         solutions = prune_layers(
-            around.dense,
+            start,
             around.moments,
             around.held_moments,
             zeros,
@@ -77,23 +87,28 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
             key=f"{key}/prune",
             progress=around.progress,
         )
-        model = rebuild(around, solutions)
-    current = around.judge(model)
-    recorder.measured("pruning", around.judge.dense.metrics, current.metrics)
-    reconstruct = recipe.reconstruction.input == "sparse"
-    when = recipe.correction.differential
-    if not reconstruct and when == "never":
-        return Compressed(model, solutions, zeros)
+    model, solutions, guard = correct_pruned(
+        around.dense,
+        solutions,
+        around.moments,
+        recipe.correction,
+        partial(rebuild, around),
+        around.judge,
+        recorder,
+    )
+    recorder.measured("pruning", around.judge.dense.metrics, guard.metrics)
     best = Compressed(model, solutions, zeros)
-    measure, reached = distance(current.metrics)
+    tried = attempts(recipe, around.prepared.batch_norms, find_normalizations(model.graph))
+    if not tried:
+        return _finished(around, best, guard)
     walkers = [
-        Walker(f"{key}/{what}", model.copy(), reconstruct, differential, dict(solutions), [])
-        for what, differential in _attempts(reconstruct, when)
+        Walker(f"{key}/{attempt.what}", model.copy(), attempt.steps, dict(solutions), []) for attempt in tried
     ]
+    control = _control(around, tried)
     with recorder.stage("reconstruction and correction") as note:
         walk(
             around.prepared.model,
-            walkers,
+            [*walkers, *control],
             around.dense,
             around.moments,
             around.fit,
@@ -104,36 +119,46 @@ def compress(around: Surroundings, sparsity: float, key: str) -> Compressed:
             folder=around.folder,
             progress=around.progress,
         )
-        note.before = note.after = current.metrics
-        for walker in walkers:
-            what = walker.key.removeprefix(f"{key}/")
-            found = around.judge(walker.model).metrics
-            value = distance(found)[1]
-            kept = value < reached or when == "always"
-            recorder.decide(
-                Decision(
-                    what=what,
-                    kept=kept,
-                    before=reached,
-                    after=value,
-                    measure=f"{measure} on held-out samples",
-                    reason="" if kept else "the output moved away from the dense model's",
-                )
-            )
-            if kept:
-                best, reached, note.after = Compressed(walker.model, walker.solutions, zeros), value, found
-    return best
+        note.before = guard.metrics
+        for attempt, walker in zip(tried, walkers, strict=True):
+            if guard.keeps(attempt.what, walker.model, always=attempt.always):
+                best = Compressed(walker.model, walker.solutions, zeros)
+        for walker in control:
+            check_dense(walker.model, around.judge, recorder)
+        note.after = guard.metrics
+    return _finished(around, best, guard)
 
 
-def _attempts(reconstruct: bool, when: str) -> list[tuple[str, bool]]:
-    """What is tried, and whether it corrects differentially."""
-    attempts = []
-    if reconstruct and when != "always":
-        attempts.append(("sparse-input reconstruction", False))
-    if when != "never":
-        name = "sparse-input reconstruction with " if reconstruct else ""
-        attempts.append((f"{name}differential correction", True))
-    return attempts
+def _finished(around: Surroundings, best: Compressed, guard: Guard) -> Compressed:
+    """The last steps, on the model as a whole."""
+    settings = around.recipe.finish
+    if settings.activations == settings.rescaling == "never":
+        return best
+    finish = Finish(
+        around.prepared.model,
+        around.dense,
+        around.fit,
+        around.judge,
+        around.engine,
+        around.recipe,
+        around.recorder,
+        around.progress,
+        around.threads,
+    )
+    with around.recorder.stage("finish") as note:
+        note.before = guard.metrics
+        model, solutions = finish(best.model, best.solutions, guard)
+        note.after = guard.metrics
+    return replace(best, model=model, solutions=solutions)
+
+
+def _control(around: Surroundings, tried: Sequence[Attempt]) -> list[Walker]:
+    """A walk of the dense model that re-estimates normalizations, where a sparse one does and it was not yet done."""
+    norms = next((attempt.steps.batch_norm for attempt in tried if attempt.steps.batch_norm), {})
+    if not norms or any(decision.what == DENSE_CHECK for decision in around.recorder.decisions):
+        return []
+    solutions = {item.layer.name: Solution(item.weight, item.biases, 0.0, 0.0) for item in around.dense}
+    return [Walker("dense", around.prepared.model.copy(), Steps(batch_norm=norms), solutions, [])]
 
 
 def rebuild(around: Surroundings, solutions: Mapping[str, Solution]) -> Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import nncf
@@ -12,6 +12,7 @@ import numpy as np
 
 from pot_sparsity.algorithms.allocation import LayerWeights
 from pot_sparsity.algorithms.arrays import ConvGeometry
+from pot_sparsity.algorithms.correction import FusedBatchNorm
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.errors import ModelError, RecipeError
@@ -47,6 +48,8 @@ class Prepared:
         Nodes that cannot be pruned or fused, and why.
     difference
         Relative L2 difference of the outputs before and after the structural edits.
+    batch_norms
+        The BatchNormalization that layers have absorbed, by layer name.
     """
 
     model: Model
@@ -57,6 +60,7 @@ class Prepared:
     not_fused: tuple[NotFused, ...]
     difference: float = 0.0
     warnings: tuple[str, ...] = field(default=())
+    batch_norms: Mapping[str, FusedBatchNorm] = field(default_factory=dict)
 
 
 def prepare(
@@ -80,6 +84,7 @@ def prepare(
     model = original.copy()
     warnings: list[str] = []
     not_fused: tuple[NotFused, ...] = ()
+    batch_norms: dict[str, FusedBatchNorm] = {}
     difference = 0.0
     if keep_structure:
         if any(node.op == "BatchNormalization" for node in model.graph):
@@ -87,7 +92,7 @@ def prepare(
                 "--keep-structure leaves BatchNorm unfused: allocation by weight magnitude and INT8 both lose accuracy"
             )
     else:
-        not_fused = tuple(fuse_batchnorm(model))
+        not_fused = tuple(fuse_batchnorm(model, batch_norms))
         if model.edits:
             difference = output_difference(original, model, engine, samples)
             if not difference <= EQUIVALENCE:
@@ -96,6 +101,7 @@ def prepare(
                     "the BatchNorms are kept"
                 )
                 model, not_fused, difference = original.copy(), (), 0.0
+                batch_norms = {}
     found = find_layers(model.graph)
     layers, ignored_layers, ignored = _divide(model, found.layers, recipe, ignored_scope)
     if not layers:
@@ -108,8 +114,19 @@ def prepare(
         add_missing_biases(model, layers)
         kept = {layer.name for layer in layers}
         layers = tuple(layer for layer in find_layers(model.graph).layers if layer.name in kept)
+    batch_norms = {layer.name: batch_norms[layer.name] for layer in layers if layer.name in batch_norms}
+    if recipe.correction.batch_norm == "reestimate" and not batch_norms:
+        warnings.append("correction.batch_norm has nothing to do: no layer has absorbed a BatchNormalization")
     return Prepared(
-        model, layers, ignored_layers, ignored, found.skipped, not_fused, difference, tuple(warnings)
+        model,
+        layers,
+        ignored_layers,
+        ignored,
+        found.skipped,
+        not_fused,
+        difference,
+        tuple(warnings),
+        batch_norms,
     )
 
 

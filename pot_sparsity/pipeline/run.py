@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+import numpy as np
+
+from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.arrays import Moments
 from pot_sparsity.algorithms.schedule import cubic_schedule
 from pot_sparsity.data import Dataset
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.graph.layers import Layer
+from pot_sparsity.pipeline.allocate import allocate, needs_curves
 from pot_sparsity.pipeline.collect import collect_moments
-from pot_sparsity.pipeline.compress import Compressed, Surroundings, allocate, compress
+from pot_sparsity.pipeline.compress import Compressed, Surroundings, compress
+from pot_sparsity.pipeline.curves import measure_curves
 from pot_sparsity.pipeline.delivery import Delivery, Result
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.int8 import Placing
@@ -19,7 +24,7 @@ from pot_sparsity.pipeline.job import Job
 from pot_sparsity.pipeline.moments_state import load_moments, store_moments
 from pot_sparsity.pipeline.prepare import Prepared, prepare
 from pot_sparsity.pipeline.reporting import fingerprint
-from pot_sparsity.pipeline.solve import read_dense, scarce
+from pot_sparsity.pipeline.solve import DenseLayer, Solution, read_dense, scarce
 from pot_sparsity.report.schema import Iteration
 
 
@@ -98,6 +103,7 @@ class Run:
             recorder,
             self.job.progress,
             judge,
+            self._curves(prepared, dense, moments, held, judge),
         )
         delivery = Delivery(
             self.job, prepared, evaluator, Placing(moments, judge, self.job.options.threads), stack
@@ -130,6 +136,42 @@ class Run:
             progress=self.job.progress,
         )
 
+    def _curves(
+        self,
+        prepared: Prepared,
+        dense: Sequence[DenseLayer],
+        moments: Mapping[str, Moments],
+        held: Mapping[str, Moments],
+        judge: Evaluator,
+    ) -> dict[str, Curve]:
+        """Rate-distortion curves, where the allocation wants them and the output has a distance."""
+        if not needs_curves(self.job.recipe):
+            return {}
+        if "detection_overlap" in judge.dense.metrics:
+            self.job.recorder.warn(
+                "lists of detections have no smooth distance: zeros are allocated by L2-normalised magnitude"
+            )
+            return {}
+        with self.job.recorder.stage("curves"):
+            return measure_curves(
+                prepared.model,
+                dense,
+                moments,
+                held,
+                self._measured_on(few=bool(held)),
+                self.job.engine,
+                self.job.recipe,
+                threads=self.job.options.threads,
+                folder=self.job.folder,
+                progress=self.job.progress,
+            )
+
+    def _measured_on(self, *, few: bool) -> Dataset:
+        """Samples for curves: any, unless fits to few samples would look better on those than they are."""
+        samples = self.job.held_out if few and self.job.held_out is not None else self.job.fit
+        number = min(len(samples), self.job.recipe.allocation.samples)
+        return samples.subset(np.linspace(0, len(samples) - 1, number).astype(np.int64))
+
     def _sparsities(self) -> list[float]:
         schedule, target = self.job.recipe.schedule, self.job.recipe.sparsity
         if schedule.kind == "one_shot" or (schedule.kind == "auto" and schedule.max_drop is None):
@@ -145,8 +187,9 @@ class Run:
         """All iterations up to the target or the first that drops too far, and those accepted, in order."""
         iterations: list[Iteration] = []
         accepted: list[tuple[Compressed, Evaluation]] = []
+        previous: dict[str, Solution] | None = None
         for index, sparsity in enumerate(self._sparsities()):
-            compressed = compress(around, sparsity, f"iteration-{sparsity!r}")
+            compressed = compress(around, sparsity, f"iteration-{sparsity!r}", previous)
             with self.job.recorder.stage("validation of the sparse model") as note:
                 found = evaluator(compressed.model)
                 note.before, note.after = evaluator.dense.metrics, found.metrics
@@ -167,4 +210,6 @@ class Run:
             if self.job.recipe.schedule.max_drop is None:
                 accepted.clear()
             accepted.append((compressed, found))
+            if self.job.recipe.schedule.start == "previous":
+                previous = compressed.solutions
         return iterations, accepted

@@ -6,25 +6,36 @@ tensors that cross a cut are kept (in memory, then on disk), so that all stages 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
 from pot_sparsity.algorithms.arrays import AnyArray, Moments
+from pot_sparsity.algorithms.correction import ChannelStatistics
 from pot_sparsity.algorithms.moments import CrossMoments, CrossMomentsAccumulator
-from pot_sparsity.data.dataset import Batch, Dataset
-from pot_sparsity.engines.base import Engine, Executable
+from pot_sparsity.data.dataset import Dataset
+from pot_sparsity.engines.base import Engine
+from pot_sparsity.errors import DataError
+from pot_sparsity.graph.layers import Layer, Place
 from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.normalization import Normalization, find_normalizations, write_normalization
+from pot_sparsity.pipeline.correction import Steps, correct_normalization
 from pot_sparsity.pipeline.fitting import Gathered, LayerDecision, fit_layer
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.runfolder import RunFolder
+from pot_sparsity.pipeline.sides import Side, fill_spools
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, pack, unpack
 from pot_sparsity.pipeline.spool import Spool
-from pot_sparsity.pipeline.stages import Cut, StagePlan, plan_stages
+from pot_sparsity.pipeline.stages import StagePlan, plan_stages
+from pot_sparsity.pipeline.tuning import TuningSamples
 from pot_sparsity.recipe import Recipe
+
+T = TypeVar("T")
 
 #: Batches whose moments are summed side by side.
 LANES = 2
@@ -40,8 +51,8 @@ class Walker:
         Its name in the run folder.
     model
         Holds the starting solutions; rewritten in place.
-    reconstruct, differential
-        What is done at each layer.
+    steps
+        What is done on the way.
     solutions
         Updated layer by layer.
     decisions
@@ -50,41 +61,9 @@ class Walker:
 
     key: str
     model: Model
-    reconstruct: bool
-    differential: bool
+    steps: Steps
     solutions: dict[str, Solution]
     decisions: list[LayerDecision]
-
-
-class _Side:
-    """One of the two models on its way: runs cuts, keeps what crosses them."""
-
-    def __init__(self, model: Model, engine: Engine) -> None:
-        self.model = model
-        self._engine = engine
-        self.spool = Spool()
-
-    def close(self) -> None:
-        """Free what is kept."""
-        self.spool.close()
-
-    def prepare(self, cut: Cut) -> Executable | None:
-        """Compile a partial run; None if it computes nothing."""
-        if not cut.outputs:
-            return None
-        return self._engine.compile(self.model.extract(outputs=cut.outputs, inputs=cut.inputs))
-
-    def step(
-        self, cut: Cut, executable: Executable | None, position: int, upcoming: Spool
-    ) -> dict[str, AnyArray]:
-        """Advance one batch over a cut; returns all tensors alive behind it."""
-        before = self.spool.read(position)
-        alive: dict[str, AnyArray] = {name: before[name] for name in cut.carried}
-        if executable is not None:
-            alive |= executable.run({name: before[name] for name in executable.inputs})
-        self.spool.drop(position)
-        upcoming.append(alive)
-        return alive
 
 
 def walk(
@@ -101,7 +80,7 @@ def walk(
     folder: RunFolder,
     progress: Progress,
 ) -> None:
-    """Visit all layers in topological order; every walker's model and solutions are rewritten.
+    """Visit all layers, and normalizations if asked to, in topological order; rewrites models and solutions.
 
     Layers whose weight is shared are left as they are: their places lie at different depths.
 
@@ -118,20 +97,33 @@ def walk(
     """
     by_name = {item.layer.name: item for item in dense}
     single = [item.layer for item in dense if not item.layer.shared]
-    if not single:
+    wanted = any(walker.steps.normalization for walker in walkers)
+    normalizations = find_normalizations(dense_model.graph) if wanted else ()
+    if not single and not normalizations:
         return
-    plans = plan_stages(dense_model.graph, single)
+    tuning = recipe.reconstruction.method == "tuning"
+    plans = plan_stages(
+        dense_model.graph,
+        single,
+        normalizations,
+        dense_inputs=tuning and recipe.reconstruction.input == "dense",
+    )
     size = dense_model.batch_size or recipe.calibration.batch_size
     progress.start("Fitting layers in sequence", len(single))
     with ExitStack() as stack:
         stack.callback(progress.finish)
-        reference = _Side(dense_model, engine)
-        sides = [_Side(walker.model, engine) for walker in walkers]
+        reference = Side(dense_model, engine)
+        sides = [Side(walker.model, engine) for walker in walkers]
         for side in (reference, *sides):
             stack.callback(side.close)
-        roles = _fill((reference, *sides), fit, held_out, size)
+        roles = fill_spools((reference, *sides), fit, held_out, size)
+        tuned = [index for index, walker in enumerate(walkers) if tuning and walker.steps.reconstruct]
+        samples = TuningSamples(recipe, min(len(fit), sum(roles) * size), size, tuned)
+        stack.callback(samples.clear)
+        to_block = recipe.reconstruction.target == "block" and not tuning
+        blocks = {i for i, walker in enumerate(walkers) if to_block and walker.steps.reconstruct}
         for plan in plans:
-            gathered = _advance(plan, reference, sides, roles, threads)
+            gathered, outputs = _advance(plan, reference, sides, roles, samples, threads, blocks)
             for layer, _ in plan.layers:
                 for index, walker in enumerate(walkers):
                     stored = folder.load(f"{walker.key}/{layer.name}")
@@ -142,8 +134,7 @@ def walk(
                             moments[layer.name],
                             gathered[index, layer.name],
                             recipe,
-                            reconstruct=walker.reconstruct,
-                            differential=walker.differential,
+                            walker.steps,
                         )
                         folder.store(
                             f"{walker.key}/{layer.name}", pack(solution) | {"decision": decision.pack()}
@@ -155,35 +146,47 @@ def walk(
                     walker.decisions.append(decision)
                     apply(walker.model, layer, solution)
                 progress.advance()
+            samples.clear()
+            for item in plan.normalizations:
+                for index, walker in enumerate(walkers):
+                    if walker.steps.normalization:
+                        statistics = outputs[item.name]
+                        _correct(walker, item, statistics[-1], statistics[index], recipe, folder)
 
 
-def _fill(sides: Sequence[_Side], fit: Dataset, held_out: Dataset | None, size: int) -> list[bool]:
-    """Put the model's inputs into all spools; returns, batch by batch, whether it belongs to the fit."""
-    model = sides[0].model
-    roles: list[bool] = []
-    for dataset, role in ((fit, True), (held_out, False)):
-        if dataset is None:
-            continue
-        for batch in dataset.batches(size):
-            if model.batch_size is not None and batch.size < size:
-                break
-            inputs = _graph_inputs(model, batch)
-            for side in sides:
-                side.spool.append(inputs)
-            roles.append(role)
-    return roles
-
-
-def _graph_inputs(model: Model, batch: Batch) -> dict[str, AnyArray]:
-    return {
-        tensor: batch.inputs[name] for tensor, name in zip(model.graph.inputs, model.input_names, strict=True)
-    }
+def _correct(
+    walker: Walker,
+    item: Normalization,
+    dense: ChannelStatistics,
+    sparse: ChannelStatistics,
+    recipe: Recipe,
+    folder: RunFolder,
+) -> None:
+    """Correct a normalization of one model, or write what the run folder holds of it."""
+    key = f"{walker.key}/{item.name}"
+    stored = folder.load(key)
+    if stored is None:
+        scale, shift = correct_normalization(walker.model, item, dense, sparse, recipe)
+        folder.store(key, {"scale": scale} | ({} if shift is None else {"shift": shift}))
+    else:
+        scale, shift = stored["scale"], stored.get("shift")
+    write_normalization(walker.model, item, scale, shift)
 
 
 def _advance(
-    plan: StagePlan, reference: _Side, sides: Sequence[_Side], roles: Sequence[bool], threads: int
-) -> dict[tuple[int, str], Gathered]:
+    plan: StagePlan,
+    reference: Side,
+    sides: Sequence[Side],
+    roles: Sequence[bool],
+    samples: TuningSamples,
+    threads: int,
+    blocks: Collection[int],
+) -> tuple[dict[tuple[int, str], Gathered], dict[str, list[ChannelStatistics]]]:
     """Run all models over the stage's cut and gather the group's cross moments, by side and layer.
+
+    The sides at ``blocks`` are fitted to the output of their residual blocks.
+
+    Of normalizations, the statistics of the output on the fit samples, side by side, the dense model's last.
 
     Batches take turns on a fixed number of lanes, whatever the number of threads, so that a group of one layer
     keeps several threads busy and the sums do not depend on how many there are.
@@ -192,6 +195,7 @@ def _advance(
     runs = [side.prepare(plan.sparse) for side in sides]
     upcoming = [Spool() for _ in (reference, *sides)]
     sums: dict[tuple[int, str, bool, int], CrossMomentsAccumulator] = {}
+    seen: dict[tuple[str, int], list[ChannelStatistics]] = {}
     with threadpool_limits(1), Parallel(n_jobs=threads, backend="threading") as pool:
         for first in range(0, len(roles), LANES):
             tasks = []
@@ -202,7 +206,12 @@ def _advance(
                     for layer, place in plan.layers:
                         key = (index, layer.name, roles[position], lane)
                         total = sums.setdefault(key, CrossMomentsAccumulator(place.geometry))
-                        tasks.append(delayed(total.update)(xs[place.input], ys[place.output]))
+                        target = _target(plan, layer, place, xs, ys) if index in blocks else ys[place.output]
+                        tasks.append(delayed(_named)(layer.name, total.update, xs[place.input], target))
+                    if roles[position]:
+                        samples.see(plan, position, index, xs, ys)
+                    _look(plan, xs, index, seen, fits=roles[position])
+                _look(plan, ys, len(sides), seen, fits=roles[position])
             pool(tasks)
     for side, spool in zip((*sides, reference), upcoming, strict=True):
         side.close()
@@ -212,13 +221,52 @@ def _advance(
         for layer, _ in plan.layers:
             fit, held_out = (
                 [
-                    sums[index, layer.name, role, lane].result()
+                    _named(layer.name, sums[index, layer.name, role, lane].result)
                     for lane in range(LANES)
                     if (index, layer.name, role, lane) in sums
                 ]
                 for role in (True, False)
             )
             gathered[index, layer.name] = Gathered(
-                CrossMoments.merge(fit), CrossMoments.merge(held_out) if held_out else None
+                CrossMoments.merge(fit),
+                CrossMoments.merge(held_out) if held_out else None,
+                samples.pool(index, layer.name),
+                moved=index in blocks and layer.name in plan.residuals,
             )
-    return gathered
+    outputs = {
+        item.name: [ChannelStatistics.merge(seen[item.name, index]) for index in range(len(sides) + 1)]
+        for item in plan.normalizations
+    }
+    return gathered, outputs
+
+
+def _target(
+    plan: StagePlan, layer: Layer, place: Place, xs: Mapping[str, AnyArray], ys: Mapping[str, AnyArray]
+) -> AnyArray:
+    """What the layer should give: its dense output or, at the end of a block, the dense sum minus the sparse skip."""
+    own, end = ys[place.output], plan.residuals.get(layer.name)
+    if end is None or not own.shape == ys[end.total].shape == xs[end.skip].shape:
+        return own
+    return np.asarray(ys[end.total] - xs[end.skip])
+
+
+def _named(layer: str, call: Callable[..., T], *arrays: AnyArray) -> T:
+    """What an accumulator returns; DataError with the layer's name where it refuses the values."""
+    try:
+        return call(*arrays)
+    except ValueError as error:
+        raise DataError(f"calibration of layer {layer!r} failed: {error}") from error
+
+
+def _look(
+    plan: StagePlan,
+    tensors: Mapping[str, AnyArray],
+    side: int,
+    seen: dict[tuple[str, int], list[ChannelStatistics]],
+    *,
+    fits: bool,
+) -> None:
+    """Add one batch's statistics of the stage's normalizations, if the batch belongs to the fit."""
+    for item in plan.normalizations if fits else ():
+        statistics = ChannelStatistics.of(tensors[item.output], item.channel_axis)
+        seen.setdefault((item.name, side), []).append(statistics)

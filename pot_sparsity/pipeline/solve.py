@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,11 +12,6 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pot_sparsity.algorithms.arrays import Bool, Float64, Moments, Pattern, PruningResult
-from pot_sparsity.algorithms.correction import (
-    activation_bias_correction,
-    exact_weight_correction,
-    pot_weight_correction,
-)
 from pot_sparsity.algorithms.pruning.problem import SolverOptions, layer_error
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.errors import PotSparsityError, RecipeError
@@ -31,6 +26,8 @@ from pot_sparsity.recipe import Recipe
 SCARCE = 32
 #: Multiples of mean(diag H) that it may add to the diagonal, tried in this order while they help.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+#: The solver that stands in for slower ones where only comparisons count.
+QUICK = "wanda_refit"
 
 
 @dataclass(frozen=True)
@@ -108,10 +105,6 @@ def run_solver(
     try:
         return solver(target, second, zeros, layer_pattern(recipe, layer), options=options)
     except (ValueError, np.linalg.LinAlgError) as error:
-        if isinstance(error, ValueError) and recipe.pruning.pattern != "unstructured":
-            raise RecipeError(
-                f"layer {layer.name!r}: {error}; choose another pattern or leave the layer dense with --ignored-name"
-            ) from error
         raise PotSparsityError(f"layer {layer.name!r}: {error}") from error
 
 
@@ -127,34 +120,66 @@ def prune_layers(
     key: str,
     progress: Progress,
 ) -> dict[str, Solution]:
-    """Prune all layers; finished ones are kept in the run folder under ``key``.
+    """Prune all layers, biases as they were; finished layers are kept in the run folder under ``key``.
 
     Layers that ``held_out`` has moments for choose their shrinkage on them (see :func:`scarce`).
 
-    Layers run in parallel with one BLAS thread each: results do not depend on ``threads``.
+    Layers run in parallel with one BLAS thread each; those that would keep one thread busy when all others
+    are done (see :func:`dominant`) come first, one by one, with all threads on their rows. Results do not
+    depend on ``threads``.
     """
     options = solver_options(recipe)
 
-    def one(item: DenseLayer) -> tuple[str, Solution]:
+    def one(item: DenseLayer, options: SolverOptions) -> tuple[str, Solution]:
         name = item.layer.name
         stored = folder.load(f"{key}/{name}")
         if stored is None:
-            solution = _prune(item, moments[name], held_out.get(name), zeros[name], recipe, options)
+            solution = prune_layer(item, moments[name], held_out.get(name), zeros[name], recipe, options)
             folder.store(f"{key}/{name}", pack(solution))
         else:
             solution = unpack(stored, len(item.biases))
         return name, solution
 
-    order = sorted(dense, key=lambda item: -item.layer.size * item.layer.cols**2)
+    order = sorted(dense, key=lambda item: -layer_work(item))
+    alone = dominant([layer_work(item) for item in order], threads)
+    by_rows = replace(options, workers=max(threads, options.workers))
+
+    def results(pool: ThreadPoolExecutor) -> Iterator[tuple[str, Solution]]:
+        for item in order[:alone]:
+            yield one(item, by_rows)
+        for future in as_completed([pool.submit(one, item, options) for item in order[alone:]]):
+            yield future.result()
+
     with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(one, item) for item in order]
         try:
-            results = (future.result() for future in as_completed(futures))
-            found = dict(track(results, progress, "Pruning layers", len(order)))
+            found = dict(track(results(pool), progress, "Pruning layers", len(order)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return {item.layer.name: found[item.layer.name] for item in dense}
+
+
+def layer_work(item: DenseLayer) -> int:
+    """What solving a layer costs beside others: a product of its weight with H, times its columns."""
+    return item.layer.size * item.layer.cols**2
+
+
+def dominant(work: Sequence[int], threads: int) -> int:
+    """How many of the layers, the largest first, take more than one thread's share of what is left.
+
+    Parameters
+    ----------
+    work
+        What each layer costs, falling.
+    threads
+        How many threads there are; with one, every layer is one thread's work.
+    """
+    left = sum(work)
+    for count, largest in enumerate(work):
+        if threads == 1 or largest * threads <= left:
+            return count
+        left -= largest
+    return len(work)
 
 
 def scarce(item: DenseLayer, moments: Moments) -> bool:
@@ -170,61 +195,72 @@ def shrunk(second: Float64, shrinkage: float) -> Float64:
     return np.asarray(second + level[:, None, None] * np.eye(second.shape[-1]))
 
 
-def _solve_layer(
+def _find_shrinkage(
     item: DenseLayer,
     second: Float64,
-    judge: Float64 | None,
+    judge: Float64,
     zeros: int,
     recipe: Recipe,
-    options: SolverOptions,
-) -> tuple[PruningResult, float]:
-    """Run the solver, with the shrinkage that serves the held-out samples best where there are any to ask."""
-    result = run_solver(recipe, options, item.layer, item.weight, second, zeros)
-    if judge is None or not 0 < zeros < item.layer.size:
-        return result, 0.0
-    best, chosen = layer_error(result.weight, item.weight, judge), 0.0
-    for shrinkage in SHRINKAGES:
-        other = run_solver(recipe, options, item.layer, item.weight, shrunk(second, shrinkage), zeros)
-        error = layer_error(other.weight, item.weight, judge)
+) -> float:
+    """The shrinkage that serves the held-out samples best; a quick solver stands in for the recipe's."""
+    quick = recipe.model_copy(
+        update={"pruning": recipe.pruning.model_copy(update={"method": QUICK, "options": {}})}
+    )
+    best, chosen = np.inf, 0.0
+    for shrinkage in (0.0, *SHRINKAGES):
+        result = run_solver(quick, SolverOptions(), item.layer, item.weight, shrunk(second, shrinkage), zeros)
+        error = layer_error(result.weight, item.weight, judge)
         if error >= best:
             break
-        best, chosen, result = error, shrinkage, other
-    if chosen:
-        error = layer_error(result.weight, item.weight, second)
-        energy = layer_error(np.zeros_like(item.weight), item.weight, second)
-        result = replace(result, error=error, relative_error=error / energy if energy > 0 else 0.0)
-    return result, chosen
+        best, chosen = error, shrinkage
+    return chosen
 
 
-def _prune(
+def prune_layer(
     item: DenseLayer,
     moments: Moments,
     held_out: Moments | None,
     zeros: int,
     recipe: Recipe,
-    options: SolverOptions,
+    options: SolverOptions | None = None,
+    *,
+    shrinkage: float | None = None,
 ) -> Solution:
+    """Prune one layer; its biases stay as they were.
+
+    Parameters
+    ----------
+    item, moments
+        The layer and the moments of its input.
+    held_out
+        Moments of other samples, where the layer is :func:`scarce`: they choose the shrinkage.
+    zeros
+        How many weights to remove.
+    recipe, options
+        The solver and its options; None reads the recipe's.
+    shrinkage
+        Already chosen; None chooses.
+    """
     start = time.perf_counter()
     centred = recipe.correction.bias and item.free_bias
     second, judge = (
         None if part is None else part.centred if centred else part.second for part in (moments, held_out)
     )
     assert second is not None
-    result, shrinkage = _solve_layer(item, second, judge, zeros, recipe, options)
-    weight = result.weight
-    if recipe.correction.weights == "published":
-        weight = pot_weight_correction(weight, item.weight)
-    elif recipe.correction.weights == "exact":
-        weight = exact_weight_correction(weight, item.weight)
-    weight = np.where(result.mask, weight, 0.0)
-    biases = tuple(
-        activation_bias_correction(item.weight, weight, moments.mean, bias)
-        if recipe.correction.bias and bias is not None
-        else bias
-        for bias in item.biases
-    )
+    options = options or solver_options(recipe)
+    if shrinkage is None:
+        choose = judge is not None and 0 < zeros < item.layer.size
+        shrinkage = (
+            _find_shrinkage(item, second, judge, zeros, recipe) if choose and judge is not None else 0.0
+        )
+    result = run_solver(recipe, options, item.layer, item.weight, shrunk(second, shrinkage), zeros)
+    if shrinkage:
+        error = layer_error(result.weight, item.weight, second)
+        energy = layer_error(np.zeros_like(item.weight), item.weight, second)
+        result = replace(result, relative_error=error / energy if energy > 0 else 0.0)
+    weight = np.where(result.mask, result.weight, 0.0)
     seconds = time.perf_counter() - start
-    return Solution(weight, biases, result.relative_error, result.damping, seconds, shrinkage)
+    return Solution(weight, item.biases, result.relative_error, result.damping, seconds, shrinkage)
 
 
 def apply(model: Model, layer: Layer, solution: Solution) -> None:

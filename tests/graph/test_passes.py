@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from openvino import opset13 as ops
 
 from pot_sparsity.algorithms.arrays import AnyArray, Float32
+from pot_sparsity.algorithms.correction import FusedBatchNorm
 from pot_sparsity.engines import get_engine
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.model import Model
@@ -498,3 +499,37 @@ def test_compressed_ir_with_a_decomposed_normalization() -> None:
     assert_same(before, run(model, feeds), 1e-3)
     layer = find_layers(model.graph).layers[0]
     assert model.graph.value(layer.constant).dtype == np.float16
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_a_layer_absorbs_is_recorded(form: str) -> None:
+    parameters = norm(6)
+    model = load(proto([node("Conv", "xw", "c"), bn("c", "y")], {**CONV, **parameters}, (1, 4, 6, 6)), form)
+    absorbed: dict[str, FusedBatchNorm] = {}
+    assert fuse_batchnorm(model, absorbed) == []
+    (layer,) = find_layers(model.graph).layers
+    found = absorbed.pop(layer.name)
+    assert not absorbed
+    np.testing.assert_array_equal(found.gamma, parameters["gamma"])
+    np.testing.assert_array_equal(found.beta, parameters["beta"])
+    np.testing.assert_array_equal(found.variance, parameters["var"])
+    assert found.epsilon == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_normalization_that_is_scaled_afterwards_is_not_recorded(form: str) -> None:
+    nodes = [node("Conv", "xw", "c"), bn("c", "d"), node("Mul", "ds", "y")]
+    model = load(proto(nodes, {**CONV, **norm(6), "s": normal(1, 6, 1, 1)}, (1, 4, 6, 6)), form)
+    absorbed: dict[str, FusedBatchNorm] = {}
+    assert fuse_batchnorm(model, absorbed) == []
+    assert absorbed == {}
+
+
+def test_the_last_of_two_normalizations_is_recorded() -> None:
+    nodes = [node("Conv", "xw", "c"), bn("c", "d"), bn("d", "y", "second_", "bn2")]
+    model = load(proto(nodes, {**CONV, **norm(6), **norm(6, "second_")}, (1, 4, 6, 6)), "onnx")
+    second = model.graph.value("second_beta")
+    absorbed: dict[str, FusedBatchNorm] = {}
+    assert fuse_batchnorm(model, absorbed) == []
+    (found,) = absorbed.values()
+    np.testing.assert_array_equal(found.beta, second)

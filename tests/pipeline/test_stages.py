@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -11,9 +13,15 @@ from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.graph import Graph
 from pot_sparsity.graph.layers import Layer
 from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.normalization import (
+    find_normalizations,
+    read_normalization,
+    write_normalization,
+)
 from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.pipeline.stages import Cut, StagePlan, plan_stages
 from tests.pipeline.nets import Array, conv_net, images, node, normal, proto, shared_net
+from tests.pipeline.norm_nets import FORMS, LENGTH, WIDTH, norm_net
 
 
 def diamond_net() -> onnx.ModelProto:
@@ -161,3 +169,35 @@ def test_shared_weights_are_refused() -> None:
     graph = OnnxModel(shared_net()).graph
     with pytest.raises(ValueError, match="'m1' is used in 2 places"):
         plan_stages(graph, find_layers(graph).layers)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_normalizations_are_looked_at_before_they_are_run(form: str) -> None:
+    """Each is rewritten as soon as its stage is over: the walk must equal the fully rewritten model."""
+    model, final = OnnxModel(norm_net(FORMS[form])), OnnxModel(norm_net(FORMS[form]))
+    norms = find_normalizations(model.graph)
+    rewritten = {item.name: read_normalization(model, item)[0] * 1.5 for item in norms}
+    for item in norms:
+        write_normalization(final, item, rewritten[item.name], None)
+    plans = plan_stages(model.graph, single(model.graph), norms)
+    assert [[item.name for item in plan.normalizations] for plan in plans if plan.normalizations] == [
+        [item.name] for item in norms
+    ]
+    feeds = inputs_for(model, (LENGTH, WIDTH))
+    outputs = [item.output for item in norms]
+    dense, expected = tap(model, feeds, outputs), tap(final, feeds, outputs)
+    sparse_alive, dense_alive, before = dict(feeds), dict(feeds), OnnxModel(norm_net(FORMS[form]))
+    for plan in plans:
+        dense_alive = advance(before, plan.dense, dense_alive)
+        looked = advance(
+            model, replace(plan.sparse, outputs=plan.sparse.outputs + plan.sparse.taps), sparse_alive
+        )
+        for item in plan.normalizations:
+            assert item.output in plan.sparse.taps
+            np.testing.assert_allclose(dense_alive[item.output], dense[item.output], rtol=1e-5, atol=1e-6)
+            shift = read_normalization(model, item)[1]
+            offset = 0.0 if shift is None else shift
+            scaled = (looked[item.output] - offset) * 1.5 + offset
+            np.testing.assert_allclose(scaled, expected[item.output], rtol=1e-4, atol=1e-5)
+            write_normalization(model, item, rewritten[item.name], None)
+        sparse_alive = {name: value for name, value in looked.items() if name not in plan.sparse.taps}

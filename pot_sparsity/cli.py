@@ -114,6 +114,8 @@ def optimize(
     pattern: options.PatternName = None,
     int8: options.Int8 = None,
     max_drop: options.MaxDrop = None,
+    dense_int8: options.DenseInt8 = True,
+    latency: options.Latency = True,
     settings: options.Settings = None,
     ignored_name: options.IgnoredNames = None,
     ignored_pattern: options.IgnoredPatterns = None,
@@ -185,6 +187,8 @@ def optimize(
             force=force,
             threads=threads,
             progress=progress,
+            baseline_int8=dense_int8,
+            measure_latency=latency,
         )
     _show(result, verbose)
 

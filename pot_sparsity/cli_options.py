@@ -74,6 +74,16 @@ Int8 = Annotated[
     bool | None,
     typer.Option("--int8/--no-int8", help="Quantize after pruning.  [default: from the recipe, on]"),
 ]
+DenseInt8 = Annotated[
+    bool,
+    typer.Option(
+        "--dense-int8/--no-dense-int8",
+        help="Also quantize the dense model, to tell what pruning cost from what INT8 cost.",
+    ),
+]
+Latency = Annotated[
+    bool, typer.Option("--latency/--no-latency", help="Measure the latency of every variant.")
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(

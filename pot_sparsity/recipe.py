@@ -51,9 +51,9 @@ class Calibration(_Section):
 class AllocationSettings(_Section):
     """Which sparsity each layer gets."""
 
-    method: str = Field("l2_normalized_magnitude", description="name of the allocation")
+    method: str = Field(OUTPUT_DISTORTION, description="name of the allocation")
     levels: int = Field(
-        7, ge=2, le=100, description="output_distortion: sparsities at which every layer is measured"
+        6, ge=2, le=100, description="output_distortion: sparsities at which every layer is measured"
     )
     samples: int = Field(256, ge=1, description="output_distortion: samples it is measured on, at most")
     distance: Literal["error", "kl"] = Field(
@@ -159,7 +159,8 @@ class ReconstructionSettings(_Section):
         "or the block's dense output minus the sparse skip",
     )
     masks: Literal["kept", "solved"] = Field(
-        "kept", description="with sparse inputs: keep the masks of the pruning stage, or solve for them again"
+        "solved",
+        description="with sparse inputs: keep the masks of the pruning stage, or solve for them again",
     )
 
     @model_validator(mode="after")
@@ -224,18 +225,30 @@ class FinishSettings(_Section):
         "the sparse residual branch adds",
     )
     slack: tuple[float, ...] = Field(
-        (0.3,),
+        (0.15, 0.3),
         min_length=1,
         description="weight of the plain error where the dense activation is flat, 0 to 1; of several the best is kept",
     )
-    positions: int = Field(2**16, ge=1, description="output positions of a layer that those fits see, at most")
+    from_error: float = Field(
+        0.02,
+        ge=0.0,
+        description="steps that are to help start at this distance of the output on held-out samples; nearer models "
+        "have nothing to gain that is worth the time",
+    )
+    positions: int = Field(
+        2**16, ge=1, description="output positions of a layer that those fits see, at most"
+    )
     rescaling: When = Field(
         "helps", description="tune scales and biases of all channels together against the network's output"
     )
-    sweeps: int = Field(1, ge=1, description="Gauss-Newton steps of it; the first that does not help ends them")
+    sweeps: int = Field(
+        1, ge=1, description="Gauss-Newton steps of it; the first that does not help ends them"
+    )
     samples: int = Field(256, ge=1, description="samples the derivatives are measured on, at most")
     budget: float = Field(
-        20.0, ge=0.0, description="10^12 floating-point operations that a sweep may take; fewer samples, then none"
+        20.0,
+        ge=0.0,
+        description="10^12 floating-point operations that a sweep may take; beyond it the first layers are left out",
     )
 
     @field_validator("slack")

@@ -19,18 +19,22 @@ SPLIT = "dev"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run: a network of the zoo, a sparsity, and what differs from the default recipe."""
+    """One run: a network of the zoo, a sparsity, and what differs from the default recipe.
+
+    A ``bare`` one leaves out the dense INT8 model and the latencies.
+    """
 
     entry: str
     percent: int
     recipe: str | None = None
     settings: tuple[str, ...] = ()
     pattern: str | None = None
+    bare: bool = False
 
     @property
     def name(self) -> str:
         """Unique name, for --only and the cache."""
-        given = [part for part in (self.recipe, self.pattern) if part]
+        given = [part for part in (self.recipe, self.pattern, "bare" if self.bare else None) if part]
         return "/".join([self.entry, str(self.percent), *given, *self.settings])
 
     def arguments(self, zoo: Mapping[str, Any]) -> list[str]:
@@ -46,7 +50,7 @@ class Experiment:
         given += ["--pattern", self.pattern] if self.pattern else []
         for setting in self.settings:
             given += ["--set", setting]
-        return given
+        return given + (["--no-dense-int8", "--no-latency"] if self.bare else [])
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,10 @@ def _weights(experiment: Experiment) -> str:
     return f"{placed}, {_setting(experiment, 'quantization.weight_bits') or default.weight_bits} bits"
 
 
+def _step(experiment: Experiment) -> str:
+    return next(name for name, settings in _STEPS if settings == experiment.settings)
+
+
 def _run(cell: Callable[[Experiment], str]) -> tuple[Column, ...]:
     return (Column("run", cell),)
 
@@ -141,14 +149,46 @@ _MOBILENET = "mobilenet_v1_025"
 _PICTURES = (_MOBILENET, "squeezenet1_1", "mobilenet_v2_100_dequant")
 _PERFORMANCE = "quantization.preset=performance"
 _COMPARED = (
-    *(f"allocation.method={name}" for name in ("uniform", "magnitude", "lamp", "erk")),
+    *(
+        f"allocation.method={name}"
+        for name in ("l2_normalized_magnitude", "uniform", "magnitude", "lamp", "erk")
+    ),
     *(f"pruning.method={name}" for name in ("magnitude", "magnitude_refit", "exact_obs")),
     "reconstruction.input=dense",
     "correction.differential=never",
 )
+_L2 = "allocation.method=l2_normalized_magnitude"
 _EXACT = "pruning.method=exact_obs"
 _METHODS: tuple[str, ...] = (
     *("exact_obs", "sparsegpt", "l_obs", "wanda_refit", "wanda", "magnitude_refit", "magnitude"),
+)
+_CIFAR = (_RESNET20, "resnet20b_distiller_cifar10", "resnet56_akamaster_cifar10")
+_NO_FINISH = ("finish.activations=never", "finish.rescaling=never")
+_STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "allocation, magnitude",
+        (
+            *(_L2, "pruning.method=magnitude", "reconstruction.input=dense", "correction.differential=never"),
+            *_NO_FINISH,
+        ),
+    ),
+    ("+ solver", (_L2, "reconstruction.input=dense", "correction.differential=never", *_NO_FINISH)),
+    (
+        "+ sparse inputs",
+        (
+            *(
+                _L2,
+                "reconstruction.masks=kept",
+                "reconstruction.target=layer",
+                "correction.differential=never",
+            ),
+            *_NO_FINISH,
+        ),
+    ),
+    ("+ masks solved again, block targets", (_L2, "correction.differential=never", *_NO_FINISH)),
+    ("+ correction", (_L2, *_NO_FINISH)),
+    ("+ finish", (_L2,)),
+    ("+ allocation by output distortion", ()),
 )
 _OBQ = ("quantization.weights=obq",)
 _OBQ4 = (*_OBQ, "quantization.weight_bits=4")
@@ -165,7 +205,12 @@ _COMBINATIONS: tuple[tuple[str | None, tuple[str, ...]], ...] = (
 )
 
 
-def _combinations(entry: str) -> Section:
+def _admm_or_plain(pattern: str | None, settings: Sequence[str]) -> bool:
+    """Whether a combination changes one thing only: the solver, the pattern or the placing of the INT8 weights."""
+    return not (_EXACT in settings and (pattern or _OBQ[0] in settings)) and not (pattern and settings)
+
+
+def _combinations(entry: str, combinations: Sequence[tuple[str | None, tuple[str, ...]]]) -> Section:
     return Section(
         f"Methods, patterns and weights on the grid: {entry}",
         "Every solver of the registry at 50 % zeros, N:M patterns and blocks of 4, and INT8 weights that NNCF "
@@ -173,9 +218,10 @@ def _combinations(entry: str) -> Section:
         "(`--set quantization.weights=obq`), at 4 bits with 16 of its levels "
         "(`--set quantization.weight_bits=4`). Whatever the solver, the network's held-out outputs decide "
         "whether the kept weights are fitted again to the dense outputs, so solvers differ here by their masks "
-        "more than by their weights.",
+        "more than by their weights. Zeros are allocated by L2-normalised magnitude in all rows.",
         tuple(
-            Experiment(entry, 50, settings=settings, pattern=pattern) for pattern, settings in _COMBINATIONS
+            Experiment(entry, 50, settings=(_L2, *settings), pattern=pattern, bare=True)
+            for pattern, settings in combinations
         ),
         (
             Column("`pruning.method`", _method),
@@ -192,9 +238,7 @@ SECTIONS = (
         "Calibrated on 1,024 pictures of the training set without their labels, judged on 5,000 of the test "
         "set.",
         (
-            *(Experiment(_RESNET20, percent) for percent in (50, 60, 70, 80, 90)),
-            Experiment("resnet56_akamaster_cifar10", 60),
-            *(Experiment("resnet20b_distiller_cifar10", percent) for percent in (50, 70, 80)),
+            *(Experiment(entry, percent) for entry in _CIFAR for percent in (50, 60, 70, 80, 90)),
             Experiment("resnet8_mlperftiny_cifar10", 50),
         ),
         _run(_network),
@@ -204,10 +248,17 @@ SECTIONS = (
         "Calibrated on 500 pictures, judged on 500 others (an easier subset than the whole validation set: "
         "compare with the dense network on the same pictures). `performance` is NNCF's preset with symmetric "
         "activations; the default is `mixed`.",
-        tuple(
-            Experiment(entry, 40, settings=settings)
-            for entry in _PICTURES
-            for settings in ((), (_PERFORMANCE,))
+        (
+            *(
+                Experiment(entry, 40, settings=given)
+                for entry in _PICTURES
+                for given in ((), (_PERFORMANCE,))
+            ),
+            *(
+                Experiment(entry, percent)
+                for entry in (_MOBILENET, "squeezenet1_1")
+                for percent in (50, 60, 70)
+            ),
         ),
         _run(_network),
     ),
@@ -220,6 +271,31 @@ SECTIONS = (
         _run(_network),
     ),
     Section(
+        "What each step contributes",
+        f"{_RESNET20} at 80 and 90 %, one step after the other switched on: zeros allocated by L2-normalised magnitude, "
+        "the smallest weights removed and biases corrected; then chosen and set by ADMM; then each layer fitted to the "
+        "sparse model's own inputs, on the same masks, then with masks solved again and residual blocks as targets; "
+        "then means and deviations corrected; then the finish; then zeros allocated by output distortion, which is the "
+        "default.",
+        tuple(
+            Experiment(_RESNET20, percent, settings=settings, bare=True)
+            for percent in (80, 90)
+            for _, settings in _STEPS
+        ),
+        (Column("zeros", lambda experiment: f"{experiment.percent} %"), Column("steps", _step)),
+        compact=True,
+    ),
+    Section(
+        "Seeds",
+        f"{_RESNET20} at 80 %, calibrated on 512 of the 1,024 pictures, drawn with five seeds.",
+        tuple(
+            Experiment(_RESNET20, 80, settings=("calibration.samples=512", f"seed={seed}"), bare=True)
+            for seed in range(5)
+        ),
+        (Column("seed", lambda experiment: _setting(experiment, "seed") or ""),),
+        compact=True,
+    ),
+    Section(
         "The recipe of the POT paper",
         f"`--recipe pot` against the default on {_RESNET20}.",
         tuple(Experiment(_RESNET20, percent, recipe) for percent in (50, 70) for recipe in (None, "pot")),
@@ -227,17 +303,20 @@ SECTIONS = (
     ),
     Section(
         "Allocations, solvers and corrections",
-        f"{_RESNET20} at 70 %, one setting changed at a time. The default is `allocation.method="
-        "l2_normalized_magnitude`, `pruning.method=admm`, `reconstruction.input=sparse`, "
+        f"{_RESNET20} at 80 %, one setting changed at a time. The default is `allocation.method="
+        "output_distortion`, `pruning.method=admm`, `reconstruction.input=sparse`, "
         "`correction.differential=helps`.",
         (
-            Experiment(_RESNET20, 70),
-            *(Experiment(_RESNET20, 70, settings=(setting,)) for setting in _COMPARED),
+            Experiment(_RESNET20, 80, bare=True),
+            *(Experiment(_RESNET20, 80, settings=(setting,), bare=True) for setting in _COMPARED),
         ),
         _run(_difference),
     ),
-    _combinations(_RESNET20),
-    _combinations(_MOBILENET),
+    _combinations(_RESNET20, _COMBINATIONS),
+    _combinations(
+        _MOBILENET,
+        [(pattern, settings) for pattern, settings in _COMBINATIONS if _admm_or_plain(pattern, settings)],
+    ),
 )
 
 

@@ -132,7 +132,8 @@ def compress(
 def _finished(around: Surroundings, best: Compressed, guard: Guard) -> Compressed:
     """The last steps, on the model as a whole."""
     settings = around.recipe.finish
-    if settings.activations == settings.rescaling == "never":
+    steps = {settings.activations, settings.rescaling} - {"never"}
+    if not steps or (steps == {"helps"} and guard.reached < settings.from_error):
         return best
     finish = Finish(
         around.prepared.model,

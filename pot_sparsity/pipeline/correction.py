@@ -83,33 +83,33 @@ class Guard:
 
     Attributes
     ----------
-    metrics
-        Of the best model so far.
+    metrics, reached
+        Of the best model so far, and its distance to the dense one.
     """
 
     def __init__(self, judge: Evaluator, recorder: Recorder, model: Model) -> None:
         self._judge = judge
         self._recorder = recorder
         self.metrics = judge(model).metrics
-        self._measure, self._reached = distance(self.metrics)
+        self._measure, self.reached = distance(self.metrics)
 
     def keeps(self, what: str, model: Model, *, always: bool = False) -> bool:
         """Whether a candidate takes the place of the best one; the decision goes into the report."""
         found = self._judge(model).metrics
         value = distance(found)[1]
-        kept = value < self._reached or always
+        kept = value < self.reached or always
         self._recorder.decide(
             Decision(
                 what=what,
                 kept=kept,
-                before=self._reached,
+                before=self.reached,
                 after=value,
                 measure=f"{self._measure} on held-out samples",
                 reason="" if kept else "the output moved away from the dense model's",
             )
         )
         if kept:
-            self.metrics, self._reached = found, value
+            self.metrics, self.reached = found, value
         return kept
 
 

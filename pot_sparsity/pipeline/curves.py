@@ -40,6 +40,10 @@ GRID = 200
 #: Products (multiplications) beyond which the levels of all layers are pruned by the quick solver below: the ratio
 #: of its errors to the better solvers' is much the same in all layers, and only ratios count here.
 WORK = 5e9
+#: Multiplications that the passes behind the layers may cost; fewer samples are used where they would cost more, but
+#: not fewer than ``FEWEST``.
+PASSES = 3e12
+FEWEST = 32
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,21 @@ class Levels:
 def level_sparsities(number: int) -> Float64:
     """Sparsities at which every layer is measured, ``[number]``, ascending."""
     return np.asarray(1.0 - np.geomspace(*DENSITIES, number), dtype=np.float64)
+
+
+def sample_number(
+    dense: Sequence[DenseLayer], moments: Mapping[str, Moments], fitted: int, recipe: Recipe
+) -> int:
+    """How many samples curves are measured on: what the recipe says, fewer for large networks.
+
+    Parameters
+    ----------
+    dense, moments
+        The layers, in the order of the network, and their moments over ``fitted`` samples.
+    """
+    work = [item.layer.size * moments[item.layer.name].count / fitted for item in dense]
+    behind = sum(np.cumsum(work[::-1])) * recipe.allocation.levels
+    return int(np.clip(PASSES / max(1.0, float(behind)), FEWEST, max(FEWEST, recipe.allocation.samples)))
 
 
 def measure_curves(

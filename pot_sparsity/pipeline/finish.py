@@ -13,12 +13,9 @@ from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.rectify import Candidate, fit_behind
 from pot_sparsity.pipeline.rescale import (
-    PARAMETERS,
     Measurement,
     Tunable,
-    cost_per_sample,
     rescaled,
-    samples_within,
     tunables,
 )
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply
@@ -27,6 +24,8 @@ from pot_sparsity.recipe import Recipe
 #: Dampings and lengths of a Gauss-Newton step that the held-out samples choose from.
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 LENGTHS = (1.0, 0.5)
+#: How warnings begin where the second step is not possible.
+NOT_RESCALED = "scales and biases are not tuned against the network's output"
 
 
 class Finish:
@@ -105,24 +104,20 @@ class Finish:
         self, model: Model, solutions: dict[str, Solution], guard: Guard
     ) -> tuple[Model, dict[str, Solution]]:
         settings = self._recipe.finish
-        found = tunables(self._dense)
-        samples = self._samples(found)
-        if not samples:
+        found = self._tunables()
+        if not found:
             return model, solutions
-        positions = [
-            index
-            for index, info in enumerate(self._dense_model.outputs)
-            if info.dtype is not None and (info.dtype.kind == "f" or info.dtype.name == "bfloat16")
-        ]
         measurement = Measurement(
             self._dense_model,
-            positions,
             self._fit,
-            samples,
+            min(settings.samples, len(self._fit)),
             self._recipe.calibration.batch_size,
             self._engine,
             self._recipe.seed,
         )
+        if not measurement.outputs:
+            self._recorder.warn(f"{NOT_RESCALED}: no output runs over the samples along its first axis")
+            return model, solutions
         for sweep in range(settings.sweeps):
             self._progress.start("Measuring scales and biases", len(found))
             equations, units = measurement.equations(model, found, self._progress)
@@ -143,30 +138,18 @@ class Finish:
             _, model, solutions = best
         return model, solutions
 
-    def _samples(self, found: Sequence[Tunable]) -> int:
-        """Samples to measure on; 0, with a warning, where that is not possible or too dear."""
-        if not found:
-            return 0
+    def _tunables(self) -> list[Tunable]:
+        """Layers whose scales and biases are tuned; with a warning if there are none."""
         settings = self._recipe.finish
-        reason = ""
-        samples = 0
         if "detection_overlap" in self._judge.dense.metrics:
-            reason = "the order of detections has no derivative"
-        elif found[-1].shifts.stop > PARAMETERS:
-            reason = f"{found[-1].shifts.stop} scales and biases are too many (limit {PARAMETERS})"
+            reason, found = "the order of detections has no derivative", []
         else:
-            cost = cost_per_sample(self._dense_model.graph, [item.layer for item in self._dense], found)
-            samples = samples_within(cost, settings.budget * 1e12, min(settings.samples, len(self._fit)))
-            if cost is None:
-                reason = "the shapes of the model's tensors are not known"
-            elif not samples:
-                reason = (
-                    f"one sample takes {cost / 1e12:.2g} TFLOP, too much for a budget of {settings.budget:g} "
-                    "(finish.budget)"
-                )
-        if reason:
-            self._recorder.warn(f"scales and biases are not tuned against the network's output: {reason}")
-        return samples
+            reason = f"no layer fits a budget of {settings.budget:g} TFLOP (finish.budget)"
+            samples = min(settings.samples, len(self._fit))
+            found = tunables(self._dense_model.graph, self._dense, settings.budget * 1e12 / samples)
+        if not found:
+            self._recorder.warn(f"{NOT_RESCALED}: {reason}")
+        return found
 
     def _written(self, model: Model, solutions: dict[str, Solution]) -> Model:
         result = model.copy()

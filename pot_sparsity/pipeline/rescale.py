@@ -2,7 +2,7 @@
 
 The derivative of the output by each channel's scale and bias is measured: one channel of one layer's output is moved
 a little, and only the part of the network behind it runs. That needs no gradients, so any operator will do; what it
-costs is known beforehand (:func:`samples_within`).
+costs is known beforehand, and decides which layers take part (:func:`tunables`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from pot_sparsity.pipeline.solve import DenseLayer, Solution
 #: How far a channel is moved: this part of itself, or of its deviation. Large enough to smooth over the kinks.
 MOVE = 0.05
 #: Outputs beyond this number are folded into so many by random signs.
-OUTPUTS = 128
+OUTPUTS = 64
 #: Largest number of scales and biases: their normal equations are dense.
-PARAMETERS = 6000
-#: With fewer samples than this nothing is learnt.
-LEAST_SAMPLES = 32
+PARAMETERS = 3000
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,46 @@ class Suffix:
     outputs: tuple[str, ...]
 
 
-def tunables(dense: Sequence[DenseLayer]) -> list[Tunable]:
-    """Layers with one place; stacks of matrices have no channel axis of their own and are left out."""
-    found: list[Tunable] = []
+def tunables(graph: Graph, dense: Sequence[DenseLayer], budget: float) -> list[Tunable]:
+    """Layers whose scales and biases are worth their price, in the given order.
+
+    The cheapest come first, which are those at the end of the network, until ``budget`` floating-point operations per
+    sample or :data:`PARAMETERS` are spent. Left out are shared weights, layers of unknown shapes, and stacks of
+    matrices, which have no channel axis of their own.
+    """
     first = 0
-    for item in dense:
+    affordable: set[str] = set()
+    for item in sorted(dense, key=lambda item: _price(graph, dense, item)):
         stacked = not isinstance(item.layer.places[0].geometry, ConvGeometry) and item.layer.groups > 1
         if item.layer.shared or stacked:
             continue
-        found.append(Tunable(item.layer, item.layer.places[0], first, item.biases[0] is not None))
-        first = found[-1].shifts.stop
+        size = item.layer.channels * (1 if item.biases[0] is None else 2)
+        budget -= size * _price(graph, dense, item)
+        if budget < 0 or first + size > PARAMETERS:
+            break
+        affordable.add(item.layer.name)
+        first += size
+    found: list[Tunable] = []
+    for item in dense:
+        if item.layer.name in affordable:
+            first = found[-1].shifts.stop if found else 0
+            found.append(Tunable(item.layer, item.layer.places[0], first, item.biases[0] is not None))
     return found
+
+
+def _price(graph: Graph, dense: Sequence[DenseLayer], item: DenseLayer) -> float:
+    """Floating-point operations of the layers behind a layer on one sample; infinite where shapes are not known."""
+    moving = {place.output for place in item.layer.places}
+    for node in graph:
+        if any(name in moving for name in node.inputs):
+            moving.update(node.outputs)
+    total = 0.0
+    for other in dense:
+        uses = sum(place.input in moving for place in other.layer.places)
+        if uses:
+            operations = flops(other.layer, graph)
+            total += np.inf if operations is None else operations * uses / len(other.layer.places)
+    return total
 
 
 def suffix(graph: Graph, tensor: str, outputs: Sequence[str]) -> Suffix:
@@ -91,75 +118,68 @@ def suffix(graph: Graph, tensor: str, outputs: Sequence[str]) -> Suffix:
     return Suffix(tensor, tuple(beside), tuple(name for name in outputs if name in moving))
 
 
-def cost_per_sample(graph: Graph, layers: Sequence[Layer], found: Sequence[Tunable]) -> float | None:
-    """Floating-point operations of all measurements on one sample; None where shapes are not known."""
-    each: dict[str, int] = {}
-    for layer in layers:
-        operations = flops(layer, graph)
-        if operations is None:
-            return None
-        each[layer.name] = operations // len(layer.places)
-    total = 0.0
-    for item in found:
-        moving = {item.place.output}
-        for node in graph:
-            if any(name in moving for name in node.inputs):
-                moving.update(node.outputs)
-        behind = sum(each[layer.name] for layer in layers for place in layer.places if place.input in moving)
-        total += (item.shifts.stop - item.first) * float(behind)
-    return total
-
-
-def samples_within(cost: float | None, budget: float, wanted: int) -> int:
-    """How many samples a budget of floating-point operations allows, up to those wanted; 0 if too few."""
-    if cost is None:
-        return 0
-    allowed = wanted if cost <= 0 else min(wanted, int(budget / cost))
-    return allowed if allowed >= min(LEAST_SAMPLES, wanted) else 0
-
-
 class Measurement:
     """Derivatives of a sparse model's output by the scales and biases of its channels, on given samples.
 
     Parameters
     ----------
     dense
-        The model whose output is wanted.
-    positions
-        Which of the outputs count.
+        The model whose output is wanted. Only floating-point outputs count whose first axis runs over the samples and
+        whose other axes do not change from batch to batch.
     data
-        Samples, and how many of them and in batches of what size they are used.
+        Samples.
+    samples, batch_size
+        How many of them are used, and how many at once.
+    seed
+        Of the signs that fold large outputs.
+
+    Attributes
+    ----------
+    outputs
+        Positions of the outputs that count; without any there is nothing to measure.
     """
 
     def __init__(
-        self,
-        dense: Model,
-        positions: Sequence[int],
-        data: Dataset,
-        samples: int,
-        batch_size: int,
-        engine: Engine,
-        seed: int,
+        self, dense: Model, data: Dataset, samples: int, batch_size: int, engine: Engine, seed: int
     ) -> None:
-        self._engine, self._seed, self._positions = engine, seed, tuple(positions)
-        size = dense.batch_size or batch_size
+        self._engine = engine
         self._batches: list[Batch] = []
-        for batch in data.batches(min(size, samples) if dense.batch_size is None else size):
+        for batch in data.batches(dense.batch_size or min(batch_size, samples)):
             if sum(item.size for item in self._batches) >= samples:
                 break
             self._batches.append(batch)
-        self._wanted = self._outputs(dense)
-        self._scales = [
-            _unit([outputs[number] for outputs in self._wanted]) for number in range(len(self._positions))
+        everything = self._run(dense, range(len(dense.outputs)))
+        self.outputs = [
+            number
+            for number in range(len(dense.outputs))
+            if self._counts([found[number] for found in everything])
         ]
+        self._wanted = [[found[number] for number in self.outputs] for found in everything]
+        self._folds = []
+        for number in range(len(self.outputs)):
+            values = [found[number] for found in self._wanted]
+            width = values[0][0].size
+            self._folds.append(
+                sketch(width, OUTPUTS, seed + number) * np.float32(_unit(values) / np.sqrt(width))
+            )
+
+    def _counts(self, values: Sequence[AnyArray]) -> bool:
+        sizes = [batch.size for batch in self._batches]
+        return all(
+            value.dtype.kind == "f"
+            and value.ndim > 1
+            and len(value) == size
+            and value.shape[1:] == values[0].shape[1:]
+            for value, size in zip(values, sizes, strict=True)
+        )
 
     def equations(
         self, model: Model, found: Sequence[Tunable], progress: Progress
     ) -> tuple[NormalEquations, Float64]:
         """Normal equations of the model, and the unit of each parameter (1 for scales, deviations for biases)."""
         graph = model.graph
-        names = [graph.outputs[i] for i in self._positions]
-        before = self._outputs(model)
+        names = [graph.outputs[number] for number in self.outputs]
+        before = self._run(model, self.outputs)
         units = np.ones(found[-1].shifts.stop)
         blocks: list[list[Float32]] = [[] for _ in self._batches]
         for item in found:
@@ -174,37 +194,28 @@ class Measurement:
             tapped = [prefix.run(feeds(model, prefix, batch)) for batch in self._batches]
             deviations = _deviations([values[part.tensor] for values in tapped], item.place.channel_axis)
             units[item.shifts] = deviations[: units[item.shifts].size]
-            for block, batch, values, was in zip(blocks, self._batches, tapped, before, strict=True):
-                block.append(
-                    self._moved(
-                        item, part, values, deviations, run, dict(zip(names, was, strict=True)), batch
-                    )
-                )
+            for block, values, was in zip(blocks, tapped, before, strict=True):
+                outputs = dict(zip(names, was, strict=True))
+                block.append(self._moved(item, part, values, deviations, run, outputs))
             progress.advance()
         equations = NormalEquations(units.size)
-        for block, was, wanted, batch in zip(blocks, before, self._wanted, self._batches, strict=True):
-            residual = self._folded(wanted, batch.size) - self._folded(was, batch.size)
+        for block, was, wanted in zip(blocks, before, self._wanted, strict=True):
+            residual = self._folded(wanted) - self._folded(was)
             equations.add(np.concatenate(block, axis=-1), residual)
         return equations, units
 
-    def _outputs(self, model: Model) -> list[list[AnyArray]]:
+    def _run(self, model: Model, positions: Sequence[int]) -> list[list[AnyArray]]:
+        """Some outputs, batch by batch."""
         run = self._engine.compile(model.extract())
-        names = [run.outputs[i] for i in self._positions]
         found = [run.run(feeds(model, run, batch)) for batch in self._batches]
-        return [[values[name] for name in names] for values in found]
+        return [[values[run.outputs[number]] for number in positions] for values in found]
 
-    def _folded(self, values: Sequence[AnyArray], size: int) -> Float32:
-        """Outputs of a batch ``[samples, at most OUTPUTS each]``, in units of the dense output's root mean square.
-
-        Where an output's leading dimension does not count samples, the batch is one.
-        """
-        samples = size if all(value.ndim and len(value) == size for value in values) else 1
-        parts = []
-        for number, (value, scale) in enumerate(zip(values, self._scales, strict=True)):
-            flat = value.reshape(samples, -1).astype(np.float32)
-            fold = sketch(flat.shape[1], OUTPUTS, self._seed + number)
-            parts.append((fold @ (flat * np.float32(scale / np.sqrt(flat.shape[1]))).T).T)
-        return np.concatenate(parts, axis=1)
+    def _folded(self, values: Sequence[AnyArray]) -> Float32:
+        """``[samples, at most OUTPUTS each]``, each output in units of the dense one's root mean square."""
+        flat = [value.reshape(len(value), -1).astype(np.float32) for value in values]
+        return np.concatenate(
+            [(fold @ part.T).T for part, fold in zip(flat, self._folds, strict=True)], axis=1
+        )
 
     def _moved(
         self,
@@ -214,10 +225,9 @@ class Measurement:
         deviations: Float64,
         run: Executable | None,
         before: dict[str, AnyArray],
-        batch: Batch,
     ) -> Float32:
         """``[samples, outputs, parameters]`` of one layer on one batch."""
-        base = self._folded(list(before.values()), batch.size)
+        base = self._folded(list(before.values()))
         columns = []
         for parameter in range(item.shifts.stop - item.first):
             channel = parameter % item.layer.channels
@@ -231,7 +241,7 @@ class Measurement:
             if run is not None:
                 changed |= run.run(values | changed)
             after = [changed.get(name, was) for name, was in before.items()]
-            columns.append((self._folded(after, batch.size) - base) / MOVE)
+            columns.append((self._folded(after) - base) / MOVE)
         return np.stack(columns, axis=-1)
 
 

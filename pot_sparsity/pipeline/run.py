@@ -16,7 +16,7 @@ from pot_sparsity.graph.layers import Layer
 from pot_sparsity.pipeline.allocate import allocate, needs_curves
 from pot_sparsity.pipeline.collect import collect_moments
 from pot_sparsity.pipeline.compress import Compressed, Surroundings, compress
-from pot_sparsity.pipeline.curves import measure_curves
+from pot_sparsity.pipeline.curves import measure_curves, sample_number
 from pot_sparsity.pipeline.delivery import Delivery, Result
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.int8 import Placing
@@ -158,7 +158,9 @@ class Run:
                 dense,
                 moments,
                 held,
-                self._measured_on(few=bool(held)),
+                self._measured_on(
+                    sample_number(dense, moments, len(self.job.fit), self.job.recipe), few=bool(held)
+                ),
                 self.job.engine,
                 self.job.recipe,
                 threads=self.job.options.threads,
@@ -166,10 +168,10 @@ class Run:
                 progress=self.job.progress,
             )
 
-    def _measured_on(self, *, few: bool) -> Dataset:
+    def _measured_on(self, most: int, *, few: bool) -> Dataset:
         """Samples for curves: any, unless fits to few samples would look better on those than they are."""
         samples = self.job.held_out if few and self.job.held_out is not None else self.job.fit
-        number = min(len(samples), self.job.recipe.allocation.samples)
+        number = min(len(samples), most)
         return samples.subset(np.linspace(0, len(samples) - 1, number).astype(np.int64))
 
     def _sparsities(self) -> list[float]:

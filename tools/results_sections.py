@@ -275,8 +275,8 @@ SECTIONS = (
         f"{_RESNET20} at 80 and 90 %, one step after the other switched on: zeros allocated by L2-normalised "
         "magnitude, the smallest weights removed and biases corrected; then chosen and set by ADMM; then each layer "
         "fitted to the sparse model's own inputs, on the same masks, then with masks solved again and residual "
-        "blocks as targets; then means and deviations corrected; then the finish; then zeros allocated by output distortion, which is the "
-        "default.",
+        "blocks as targets; then means and deviations corrected; then the finish; then zeros allocated by output "
+        "distortion, which is the default.",
         tuple(
             Experiment(_RESNET20, percent, settings=settings, bare=True)
             for percent in (80, 90)

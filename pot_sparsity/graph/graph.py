@@ -20,6 +20,8 @@ Canonical operators and what frontends guarantee for them:
     ``inputs = (x, gamma, beta, mean, variance)`` in this order, ``attrs["epsilon"]``; inference mode only.
 ``Add``, ``Subtract``, ``Multiply``, ``Divide``
     Two inputs, numpy broadcasting.
+``Clip``, ``Clamp``
+    ``Clip`` has its bounds as inputs 1 and 2 (absent ones empty), ``Clamp`` as ``attrs["min"]`` and ``attrs["max"]``.
 ``Identity``, ``Convert``, ``Reshape``, ``Transpose``, ``Squeeze``, ``Unsqueeze``, ``DequantizeLinear``
     The operators a weight may hide behind. ``Transpose``: ``attrs["perm"]``. ``Convert``: ``attrs["dtype"]``
     (numpy dtype). ``Reshape``/``Squeeze``/``Unsqueeze``: the resulting static shape is the output tensor's shape.

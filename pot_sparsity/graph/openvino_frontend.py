@@ -102,6 +102,9 @@ def _canonical(op: ov.Node, kind: str) -> tuple[str, dict[str, object]]:
         found = kind, {**flags, "alpha": 1.0, "beta": 1.0}
     elif kind == "BatchNormInference":
         found = "BatchNormalization", {"epsilon": float(op.get_attributes()["epsilon"])}
+    elif kind == "Clamp":
+        given = op.get_attributes()
+        found = kind, {key: float(given[key]) for key in ("min", "max")}
     elif kind == "Convert":
         dtype = dtype_of(op.get_element_type())
         found = (kind, {"dtype": dtype}) if dtype is not None else None

@@ -74,6 +74,8 @@ def _same_shape(graph: Graph, one: str, other: str) -> bool:
 def _flat(graph: Graph, node: Node | None) -> tuple[float, float]:
     if node is not None and node.op == "Relu":
         return 0.0, np.inf
+    if node is not None and node.op == "Clamp":
+        return float(str(node.attrs["min"])), float(str(node.attrs["max"]))
     if node is not None and node.op == "Clip":
         bounds = [-np.inf, np.inf]
         for index, tensor in enumerate(node.inputs[1:3]):

@@ -206,7 +206,9 @@ def _advance(
                     for layer, place in plan.layers:
                         key = (index, layer.name, roles[position], lane)
                         total = sums.setdefault(key, CrossMomentsAccumulator(place.geometry))
-                        target = _target(plan, layer, place, xs, ys) if index in blocks else ys[place.output]
+                        target = (
+                            wanted_output(plan, layer, place, xs, ys) if index in blocks else ys[place.output]
+                        )
                         tasks.append(delayed(_named)(layer.name, total.update, xs[place.input], target))
                     if roles[position]:
                         samples.see(plan, position, index, xs, ys)
@@ -240,7 +242,7 @@ def _advance(
     return gathered, outputs
 
 
-def _target(
+def wanted_output(
     plan: StagePlan, layer: Layer, place: Place, xs: Mapping[str, AnyArray], ys: Mapping[str, AnyArray]
 ) -> AnyArray:
     """What the layer should give: its dense output or, at the end of a block, the dense sum minus the sparse skip."""

@@ -131,6 +131,19 @@ def test_sees_residual_branches_and_flat_sides() -> None:
     }
 
 
+def test_sees_the_bounds_of_an_ir(tmp_path: Path) -> None:
+    model = load_model(to_ir(residual_net(), tmp_path / "net.xml"))
+    layers = find_layers(model.graph).layers
+    found = [behind(model.graph, layer.places[0]) for layer in layers]
+    assert [(item.low, item.high) for item in found] == [
+        (0.0, 1.0),
+        (0.0, np.inf),
+        (0.0, np.inf),
+        (-np.inf, np.inf),
+    ]
+    assert [item.skip is None for item in found] == [True, False, True, True]
+
+
 def test_an_output_that_others_read_is_left_as_it_is() -> None:
     constants = {"w": normal(1, 4, 4), "b": normal(2, 4)}
     nodes = [node("Gemm", ["x", "w", "b"], "y"), node("Relu", ["y"], "z")]

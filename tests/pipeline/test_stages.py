@@ -19,7 +19,8 @@ from pot_sparsity.graph.normalization import (
     write_normalization,
 )
 from pot_sparsity.graph.onnx_model import OnnxModel
-from pot_sparsity.pipeline.stages import Cut, StagePlan, plan_stages
+from pot_sparsity.pipeline.sequential import wanted_output
+from pot_sparsity.pipeline.stages import Cut, Residual, StagePlan, plan_stages
 from tests.pipeline.nets import Array, conv_net, images, node, normal, proto, shared_net
 from tests.pipeline.norm_nets import FORMS, LENGTH, WIDTH, norm_net
 
@@ -201,3 +202,48 @@ def test_normalizations_are_looked_at_before_they_are_run(form: str) -> None:
             np.testing.assert_allclose(scaled, expected[item.output], rtol=1e-4, atol=1e-5)
             write_normalization(model, item, rewritten[item.name], None)
         sparse_alive = {name: value for name, value in looked.items() if name not in plan.sparse.taps}
+
+
+def block_net() -> onnx.ModelProto:
+    """A block whose last layer meets a skip that is there before it, and one whose sum another layer completes."""
+    constants = {f"w{i}": normal(90 + i, 6, 6, scale=0.5) for i in range(5)}
+    constants["shift"] = normal(99, 6)
+    nodes = [
+        node("MatMul", ["x", "w0"], "a"),
+        node("Relu", ["a"], "ra"),
+        node("MatMul", ["ra", "w1"], "b"),
+        node("Relu", ["b"], "rb"),
+        node("MatMul", ["rb", "w2"], "c"),
+        node("Add", ["c", "ra"], "sum"),
+        node("Relu", ["sum"], "rs"),
+        node("MatMul", ["rs", "w3"], "d"),
+        node("MatMul", ["rs", "w4"], "e"),
+        node("Add", ["d", "e"], "both"),
+        node("Mul", ["both", "shift"], "y"),
+    ]
+    return proto(nodes, constants, ["n", 6])
+
+
+def test_residual_sums_are_seen_and_their_parts_are_at_hand() -> None:
+    model = OnnxModel(block_net())
+    plans = plan_stages(model.graph, single(model.graph))
+    ends = {name: end for plan in plans for name, end in plan.residuals.items()}
+    names = {layer.places[0].output: layer.name for plan in plans for layer, _ in plan.layers}
+    assert ends == {
+        names["c"]: Residual("sum", "ra")
+    }  # d and e come together: neither is there before the other
+    feeds = inputs_for(model, (6,))
+    expected = tap(model, feeds, ["sum", "ra", "c"])
+    sparse_alive, dense_alive = dict(feeds), dict(feeds)
+    for plan in plans:
+        sparse_alive = advance(model, plan.sparse, sparse_alive)
+        dense_alive = advance(model, plan.dense, dense_alive)
+        for layer, place in plan.layers:
+            target = wanted_output(plan, layer, place, sparse_alive, dense_alive)
+            if layer.name in plan.residuals:
+                moved = {**sparse_alive, "ra": sparse_alive["ra"] + 1.0}
+                np.testing.assert_allclose(target, expected["c"], rtol=1e-4, atol=1e-5)
+                shifted = wanted_output(plan, layer, place, moved, dense_alive)
+                np.testing.assert_allclose(shifted, expected["c"] - 1.0, rtol=1e-4, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(target, dense_alive[place.output])

@@ -32,6 +32,9 @@ from pot_sparsity.pipeline.stages import StagePlan, plan_stages
 
 #: Numbers that the inputs of one layer's positions may hold (128 MiB).
 POSITION_BUDGET = 2**25
+#: Products with H that cost more multiplications than this (the rows of all groups times the columns squared) make a
+#: fit of minutes: such layers are left as they are.
+WIDEST = 5e8
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,10 @@ def fit_behind(
 
 
 def _suits(item: DenseLayer) -> bool:
-    """One place, a bias, one group of a matrix product or any convolution."""
+    """One place, a bias, one group of a matrix product or any convolution, not too wide."""
     grouped = not isinstance(item.layer.places[0].geometry, ConvGeometry) and item.layer.groups > 1
-    return not item.layer.shared and item.biases[0] is not None and not grouped
+    wide = item.layer.size * item.layer.cols > WIDEST
+    return not item.layer.shared and item.biases[0] is not None and not grouped and not wide
 
 
 def _advance(

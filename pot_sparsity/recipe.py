@@ -239,7 +239,9 @@ class FinishSettings(_Section):
         2**16, ge=1, description="output positions of a layer that those fits see, at most"
     )
     rescaling: When = Field(
-        "helps", description="tune scales and biases of all channels together against the network's output"
+        "never",
+        description="tune scales and biases of all channels together against the network's output (takes longer than "
+        "all else together, for one or two hundredths of the error)",
     )
     sweeps: int = Field(
         1, ge=1, description="Gauss-Newton steps of it; the first that does not help ends them"

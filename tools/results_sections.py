@@ -163,7 +163,7 @@ _METHODS: tuple[str, ...] = (
     *("exact_obs", "sparsegpt", "l_obs", "wanda_refit", "wanda", "magnitude_refit", "magnitude"),
 )
 _CIFAR = (_RESNET20, "resnet20b_distiller_cifar10", "resnet56_akamaster_cifar10")
-_NO_FINISH = ("finish.activations=never", "finish.rescaling=never")
+_NO_FINISH = ("finish.activations=never",)
 _STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "allocation, magnitude",

@@ -228,12 +228,8 @@ class Comparison:
 
     def _compare_classes(self, reference: Float64, candidate: Float64) -> None:
         if self._probabilities is None:
-            self._probabilities = bool(
-                (reference >= 0.0).all() and np.allclose(reference.sum(axis=-1), 1.0, rtol=0.0, atol=1e-2)
-            )
-        log = _log_probabilities if self._probabilities else _log_softmax
-        log_p, log_q = log(reference), log(candidate)
-        self._kl += float((np.exp(log_p) * (log_p - log_q)).sum())
+            self._probabilities = _are_probabilities(reference)
+        self._kl += float(_divergence(reference, candidate, probabilities=self._probabilities).sum())
         self._same += int(np.count_nonzero(reference.argmax(axis=-1) == candidate.argmax(axis=-1)))
         self._positions += reference.size // reference.shape[-1]
 
@@ -288,8 +284,9 @@ def sample_distances(reference: AnyArray, candidate: AnyArray, kind: Literal["er
         The dense model's output and another's, ``[N, ...]``, of equal shape.
     kind
         ``error``: squared error, relative to the mean energy of the reference. ``kl``: divergence of the softmax
-        of class scores, in nats (mean over positions); outputs that do not look like class scores fall back
-        to ``error``.
+        of class scores, in nats (mean over positions), or of the outputs themselves where all of the reference
+        already looks like probabilities (as in :class:`Comparison`); outputs that do not look like class scores
+        fall back to ``error``.
 
     Returns
     -------
@@ -299,8 +296,8 @@ def sample_distances(reference: AnyArray, candidate: AnyArray, kind: Literal["er
     samples = reference.shape[0]
     scores = _class_scores(reference), _class_scores(candidate)
     if kind == "kl" and scores[0] is not None and scores[1] is not None:
-        ours, theirs = (_log_softmax(part.astype(np.float64)) for part in scores if part is not None)
-        divergence = (np.exp(ours) * (ours - theirs)).sum(axis=-1)
+        ours, theirs = scores[0].astype(np.float64), scores[1].astype(np.float64)
+        divergence = _divergence(ours, theirs, probabilities=_are_probabilities(ours)).sum(axis=-1)
         return np.asarray(divergence.reshape(samples, -1).mean(axis=1), dtype=np.float64)
     flat = reference.reshape(samples, -1).astype(np.float64)
     energy = float(np.square(flat).sum()) / samples
@@ -327,6 +324,18 @@ def _chunks(reference: AnyArray, candidate: AnyArray) -> Iterator[tuple[Float64,
     for start in range(0, samples, step):
         ours, theirs = (array[start : start + step].astype(np.float64) for array in both)
         yield ours, theirs
+
+
+def _are_probabilities(scores: Float64) -> bool:
+    """Whether class scores already look like probabilities: not negative, sums of 1 to within 0.01."""
+    return bool((scores >= 0.0).all() and np.allclose(scores.sum(axis=-1), 1.0, rtol=0.0, atol=1e-2))
+
+
+def _divergence(reference: Float64, candidate: Float64, *, probabilities: bool) -> Float64:
+    """Terms of ``KL(reference || candidate)``, in the shape of the scores; their softmax unless ``probabilities``."""
+    log = _log_probabilities if probabilities else _log_softmax
+    log_p, log_q = log(reference), log(candidate)
+    return np.asarray(np.exp(log_p) * (log_p - log_q))
 
 
 def _log_softmax(logits: Float64) -> Float64:

@@ -11,7 +11,16 @@ from pot_sparsity import metrics
 from pot_sparsity.algorithms.arrays import AnyArray, Float64
 from pot_sparsity.detection_metrics import looks_like_detections
 from pot_sparsity.errors import DataError, ModelError, PotSparsityError, RecipeError
-from pot_sparsity.metrics import METRICS, SQNR_LIMIT, Comparison, Top1, Top5, get_metric, paired_interval
+from pot_sparsity.metrics import (
+    METRICS,
+    SQNR_LIMIT,
+    Comparison,
+    Top1,
+    Top5,
+    get_metric,
+    paired_interval,
+    sample_distances,
+)
 from pot_sparsity.pipeline.evaluate import distance
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -388,6 +397,88 @@ def test_decisions_on_detections_are_taken_on_what_differs() -> None:
     assert measure == "1 - detection overlap"
     assert value == pytest.approx(1.0 - 2 * 0.9 / (0.9 + 0.8 + 0.9))
     assert distance({"detection_overlap": 100.0}) == ("1 - detection overlap", 0.0)
+
+
+# --- sample by sample
+
+
+def relative_errors(reference: AnyArray, candidate: AnyArray) -> Float64:
+    """Squared error of each sample over the mean energy of the reference, sample after sample."""
+    ours, theirs = ([list(map(float, sample.ravel())) for sample in side] for side in (reference, candidate))
+    energy = math.fsum(value**2 for row in ours for value in row) / len(ours)
+    errors = [
+        math.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for p, q in zip(ours, theirs, strict=True)
+    ]
+    return np.array([error / energy for error in errors])
+
+
+def pair(seed: int, shape: tuple[int, ...], dtype: str = "f4") -> tuple[AnyArray, AnyArray]:
+    random = np.random.default_rng(seed)
+    reference = random.normal(size=shape) * 3
+    return reference.astype(dtype), (reference + random.normal(size=shape)).astype(dtype)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    SEEDS,
+    st.sampled_from([(6, 3), (1, 2), (4, 3, 5), (3, 4, 2, 2), (5,), (4, 1), (2, 7, 1, 1)]),
+    st.sampled_from(["f2", "f4", "f8"]),
+)
+def test_errors_of_samples_against_plain_sums(seed: int, shape: tuple[int, ...], dtype: str) -> None:
+    reference, candidate = pair(seed, shape, dtype)
+    found = sample_distances(reference, candidate, "error")
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, relative_errors(reference, candidate), rtol=1e-9, atol=1e-300)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SEEDS, st.sampled_from([(6, 3), (1, 2), (4, 3, 5), (2, 7, 1, 1)]), st.booleans())
+def test_divergences_of_samples_against_plain_sums(
+    seed: int, shape: tuple[int, ...], probabilities: bool
+) -> None:
+    reference, candidate = pair(seed, shape, "f8")
+    rows = [
+        side.reshape(shape[0], -1, 7 if shape[1] == 7 else shape[-1]).tolist()
+        for side in (reference, candidate)
+    ]
+    ours, theirs = ([[softmax(row) for row in sample] for sample in side] for side in rows)
+    if probabilities:
+        reference, candidate = (np.array(side).reshape(shape) for side in (ours, theirs))
+    expected = [
+        math.fsum(divergence(p, q) for p, q in zip(*both, strict=True)) / len(both[0])
+        for both in zip(ours, theirs, strict=True)
+    ]
+    found = sample_distances(reference, candidate, "kl")
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
+    assert found.mean() == pytest.approx(compare(reference, candidate)["logit_kl"], abs=1e-12)
+
+
+def test_probabilities_are_told_by_the_reference() -> None:
+    sure = np.array([[1.0, 0.0], [0.25, 0.75]], np.float32)
+    other = np.array([[0.5, 0.5], [0.25, 0.75]], np.float32)
+    np.testing.assert_allclose(sample_distances(sure, other, "kl"), [math.log(2.0), 0.0], atol=1e-9)
+    # The softmax of what only one of them has for probabilities.
+    logits = np.array([[1.0, 0.0], [0.25, 2.0]], np.float32)
+    expected = [
+        divergence(softmax(p), softmax(q)) for p, q in zip(logits.tolist(), other.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(sample_distances(logits, other, "kl"), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 1), (3, 4, 2, 2), (3, 1, 1, 1), (2, 3, 1)])
+def test_divergence_falls_back_to_the_error_where_there_are_no_classes(shape: tuple[int, ...]) -> None:
+    reference, candidate = pair(1, shape)
+    found = sample_distances(reference, candidate, "kl")
+    if shape == (2, 3, 1):  # classes beside an axis of size one
+        assert not np.allclose(found, relative_errors(reference, candidate))
+    else:
+        np.testing.assert_allclose(found, relative_errors(reference, candidate), rtol=1e-6)
+
+
+def test_without_energy_the_error_stands_for_itself() -> None:
+    reference = np.zeros((2, 3), np.float32)
+    candidate = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]], np.float32)
+    assert sample_distances(reference, candidate, "error").tolist() == [0.0, 5.0]
 
 
 # --- paired interval

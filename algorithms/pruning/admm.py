@@ -73,6 +73,8 @@ _WALK_PART = 8
 _RHO_WALK = (0.1, 0.14, 0.08, 0.2)
 # Rows per part, whatever the number of workers.
 _ROWS = 64
+# Rows and columns of a block that is mirrored at once.
+_BLOCK = 128
 
 # (penalty, pace, start=weights) -> support and weights, see _descend.
 _Descent: TypeAlias = Callable[..., tuple[Bool, Float64]]
@@ -80,18 +82,25 @@ _Descent: TypeAlias = Callable[..., tuple[Bool, Float64]]
 
 @dataclass(frozen=True)
 class _Scaled:
-    """The layer with columns scaled to ``diag H = 1``, in float32, which is all that choosing a support needs."""
+    """The layer with columns scaled to ``diag H = 1``, in float32, which is all that choosing a support needs.
+
+    Weights are divided by ``scale``, ``[groups, 1, cols]``, which a power of two brings near 1, so that squares stay
+    within float32 whatever the size of the activations.
+    """
 
     start: Float32
     second: Float32
     right: Float32
+    scale: Float64
 
     @classmethod
     def of(cls, problem: LayerProblem) -> _Scaled:
         """Scale the layer."""
-        start, second = problem.target * problem.scale, problem.correlation
+        largest = float(np.abs(problem.target * problem.scale).max())
+        scale = np.ldexp(problem.scale, -int(np.frexp(largest)[1]))
+        start, second = problem.target * scale, problem.correlation
         right = (start @ second).astype(np.float32)
-        return cls(start.astype(np.float32), second.astype(np.float32), right)
+        return cls(start.astype(np.float32), second.astype(np.float32), right, scale)
 
     def inverse(self, rho: float) -> Float32:
         """``(H + rho I)^-1`` of every group; negative eigenvalues of an indefinite H count as 0."""
@@ -105,9 +114,18 @@ class _Scaled:
                 out[...] = (vectors / (np.maximum(values, 0.0) + rho)) @ vectors.T
                 continue
             half, _ = spotri(factor, lower=1, overwrite_c=1)
-            out[...] = np.tril(half)
-            out += np.tril(half, -1).T
+            _mirror(half.T, out)
         return full
+
+
+def _mirror(upper: Float32, out: Float32) -> None:
+    """Write the symmetric matrix whose upper triangle is given, block by block: the other triangle is not read."""
+    for part in slices(len(upper), _BLOCK):
+        behind = slice(part.stop, None)
+        corner = np.triu(upper[part, part])
+        out[part, part] = corner + np.triu(corner, 1).T
+        out[part, behind] = upper[part, behind]
+        out[behind, part] = upper[part, behind].T
 
 
 @dataclass(frozen=True)
@@ -257,7 +275,7 @@ def _descend(
         The last support and the weights of the last iteration on it (unscaled), where the refit may start.
     """
     parts = _parts(*layer.start.shape[:2])
-    sparse = layer.start if start is None else (start * problem.scale).astype(np.float32)
+    sparse = layer.start if start is None else (start * layer.scale).astype(np.float32)
     dual = np.zeros_like(sparse) if start is None else layer.right - sparse @ layer.second
     candidate, score = np.empty_like(sparse), np.empty_like(sparse)
     mask: Bool = sparse != 0.0
@@ -283,7 +301,7 @@ def _descend(
         if still == _PATIENCE:
             break
         rho *= next(factor for least, factor in _GROWTH if moved >= least) ** (1 / pace)
-    return mask, np.where(mask, sparse / problem.scale, 0.0)
+    return mask, np.where(mask, sparse / layer.scale, 0.0)
 
 
 def _parts(groups: int, rows: int) -> list[tuple[slice, slice]]:

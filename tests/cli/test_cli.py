@@ -82,6 +82,8 @@ def test_defaults_reach_the_pipeline(optimize: Calls, capsys: Capture) -> None:
         "resume": False,
         "force": False,
         "threads": None,
+        "baseline_int8": True,
+        "measure_latency": True,
     }
     captured = capsys.readouterr()
     assert "sparse INT8" in captured.out
@@ -164,6 +166,23 @@ def test_other_options_reach_the_pipeline(optimize: Calls) -> None:
     assert (named["output_format"], named["keep_structure"], named["resume"]) == ("openvino", True, True)
     assert main(arguments("--force")) == 0
     assert (optimize.named["resume"], optimize.named["force"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "dense_int8", "latency"),
+    [
+        (["--no-dense-int8"], False, True),
+        (["--no-latency"], True, False),
+        (["--no-dense-int8", "--no-latency"], False, False),
+        (["--dense-int8", "--latency"], True, True),
+    ],
+)
+def test_what_the_report_may_leave_out(
+    given: list[str], dense_int8: bool, latency: bool, optimize: Calls
+) -> None:
+    assert main(arguments(*given)) == 0
+    assert optimize.named["baseline_int8"] is dense_int8
+    assert optimize.named["measure_latency"] is latency
 
 
 def test_preprocessing_from_options_and_file(optimize: Calls, tmp_path: Path) -> None:

@@ -34,8 +34,15 @@ from tests.pipeline.norm_nets import FORMS, KINDS, load_kind, norm_net, tokens
 WIDE = {"clip": [1e-3, 1e3]}
 
 
+#: Layers are fitted to their own output on the masks they have, and nothing comes after the corrections.
+PLAIN: dict[str, Any] = {
+    "reconstruction": {"masks": "kept", "target": "layer"},
+    "finish": {"activations": "never", "rescaling": "never"},
+}
+
+
 def recipe(sparsity: float = 0.6, **sections: Any) -> Recipe:
-    return validate_recipe({"sparsity": sparsity, **QUICK, **sections})
+    return validate_recipe({"sparsity": sparsity, **QUICK, **PLAIN, **sections})
 
 
 @dataclass(frozen=True)
@@ -355,11 +362,18 @@ def test_sequential_bias_correction_is_a_walk_of_its_own(bias: bool | str) -> No
     assert not any("sequential" in decision.what for decision in fitted.decisions)
 
 
-def test_the_default_run_has_the_decisions_it_always_had() -> None:
-    assert list(decided(run())) == [
-        "sparse-input reconstruction",
-        "sparse-input reconstruction with differential correction",
-    ]
+CORRECTIONS = ["sparse-input reconstruction", "sparse-input reconstruction with differential correction"]
+
+
+def test_decisions_of_a_run_without_the_finish() -> None:
+    assert list(decided(run())) == CORRECTIONS
+
+
+def test_decisions_of_a_default_run() -> None:
+    found = decided(run(reconstruction={}, finish={}))
+    refits = [f"refit behind the activations, slack {slack}" for slack in ("0.15", "0.3")]
+    assert list(found) == [*CORRECTIONS, *refits]
+    assert found[refits[0]].before == min(found[what].after for what in CORRECTIONS if found[what].kept)  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("when", ["helps", "always", "never"])

@@ -25,6 +25,7 @@ from pot_sparsity.pipeline.rectify import Behind, Candidate, behind, fit_behind
 from pot_sparsity.pipeline.rescale import OUTPUTS, Measurement, rescaled, suffix, tunables
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, read_dense
 from pot_sparsity.recipe import validate_recipe
+from pot_sparsity.report.schema import Decision
 from tests.pipeline.nets import (
     QUICK,
     Array,
@@ -113,7 +114,9 @@ def pruned(dense: Sequence[DenseLayer], part: float) -> dict[str, Solution]:
 
 
 def run(net: Any, data: Any, sparsity: float = 0.7, engine: Any = "openvino", **finish: Any) -> Result:
-    recipe = validate_recipe({"sparsity": sparsity, **QUICK, "finish": finish})
+    """With both steps of the finish, however near the model already is, unless ``finish`` says otherwise."""
+    settings = {"from_error": 0.0, "rescaling": "helps", **finish}
+    recipe = validate_recipe({"sparsity": sparsity, **QUICK, "finish": settings})
     return optimize(net, data, recipe=recipe, engine=engine, baseline_int8=False, measure_latency=False)
 
 
@@ -154,18 +157,14 @@ def test_an_output_that_others_read_is_left_as_it_is() -> None:
 # fits behind activations
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_fits_behind_activations_near_the_output(engine: Any) -> None:
-    model, dense = opened(residual_net())
-    start = pruned(dense, 0.6)
-    before = written(model, dense, start)
-    candidate = Candidate(0.3, before.copy(), dict(start))
-    fit = dataset(model, images(96))
+def refitted(model: Model, dense: Sequence[DenseLayer], start: dict[str, Solution], engine: Any) -> Candidate:
+    """A candidate that begins with those solutions, behind its second walk."""
+    candidate = Candidate(0.3, written(model, dense, start), dict(start))
     fit_behind(
         model,
         [candidate],
         dense,
-        fit,
+        dataset(model, images(96)),
         get_engine(engine),
         batch_size=32,
         positions=2000,
@@ -173,10 +172,40 @@ def test_fits_behind_activations_near_the_output(engine: Any) -> None:
         seed=0,
         progress=Silent(),
     )
+    return candidate
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fits_behind_activations_near_the_output(engine: Any) -> None:
+    model, dense = opened(residual_net())
+    start = pruned(dense, 0.6)
+    before = written(model, dense, start)
+    candidate = refitted(model, dense, start, engine)
     fresh = images(64, seed=9)
     assert lost(candidate.model, model, fresh) < 0.6 * lost(before, model, fresh)
     for name, solution in candidate.solutions.items():
         assert np.array_equal(solution.weight == 0.0, start[name].weight == 0.0)
+
+
+@pytest.mark.parametrize(("widest", "left"), [(8 * 72**2, set()), (8 * 72**2 - 1, {"conv2"}), (0, None)])
+def test_layers_that_are_too_wide_are_left_alone(
+    widest: int, left: set[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 rows and 72 columns the second convolution is the widest: a product with H costs 8 * 72^2."""
+    monkeypatch.setattr("pot_sparsity.pipeline.rectify.WIDEST", widest)
+    model, dense = opened(residual_net())
+    start = pruned(dense, 0.6)
+    candidate = refitted(model, dense, start, "openvino")
+    before = written(model, dense, start)
+    for item in dense:
+        name = item.layer.name
+        same = np.array_equal(candidate.solutions[name].weight, start[name].weight)
+        assert same == (left is None or name in left)
+        assert (
+            np.array_equal(read_weight(candidate.model, item.layer), read_weight(before, item.layer)) == same
+        )
+        if same:
+            assert candidate.solutions[name] is start[name]
 
 
 # scales and biases
@@ -275,6 +304,28 @@ def test_never_worse_on_held_out_samples(form: str, engine: Any, tmp_path: Path)
         assert decision.after is not None
         assert (decision.after < decision.before) == decision.kept
     assert zeros(with_it.model) == zeros(without.model)
+
+
+def test_starts_where_the_output_is_far_enough_off() -> None:
+    data = images(80)
+
+    def finished(**finish: Any) -> list[Decision]:
+        report = run(residual_net(), data, slack=[0.3], **{"rescaling": "never", **finish}).report
+        decided = [d for d in report.decisions if d.what.startswith(("refit behind", "scales and biases"))]
+        assert ("finish" in {stage.name for stage in report.stages}) == bool(decided)
+        return decided
+
+    distance = finished(from_error=0.0)[0].before
+    assert distance is not None
+    assert distance > 0.0
+    assert len(finished(from_error=distance)) == 1
+    assert not finished(from_error=1.001 * distance)
+    assert not finished(from_error=1.001 * distance, rescaling="helps", samples=16)
+    assert not finished(from_error=0.0, activations="never")
+    (forced,) = finished(from_error=1e9, activations="always")
+    assert forced.kept
+    assert forced.before == distance
+    assert len(finished(from_error=1e9, activations="never", rescaling="always", samples=16)) == 1
 
 
 def test_the_same_twice() -> None:

@@ -121,8 +121,8 @@ def network_jobs(network: Network) -> Iterator[Job]:
                 asked | {"method": f"onnxsim {method}", "simplify": arguments.simplify},
                 partial(their_network, network, method, sparsity),
             )
-        for name, settings in PRODUCT.items():
-            chosen = [*settings, *arguments.set]
+        for name in arguments.ours:
+            chosen = [*PRODUCT[name], *arguments.set]
             yield Job(
                 asked | {"method": name, "set": chosen}, partial(our_network, network, sparsity, chosen)
             )
@@ -266,6 +266,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--sparsity", type=float, nargs="+", help="default: 0.5 0.6 0.7")
     options.add_argument("--pattern", type=Pattern.parse, default=Pattern(), help="unstructured or n:m")
     options.add_argument("--onnxsim-method", action="append", choices=METHODS, help="default: all")
+    options.add_argument("--ours", action="append", choices=list(PRODUCT), help="networks: default all")
     options.add_argument("--method", action="append", choices=sorted(SOLVERS), help="layers: default admm")
     options.add_argument("--polish", action="store_true", help="layers: end with the 1-swap polish")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a recipe key")
@@ -276,6 +277,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = options.parse_args(given)
     arguments.sparsity = arguments.sparsity or [0.5, 0.6, 0.7]
     arguments.onnxsim_method = arguments.onnxsim_method or list(METHODS)
+    arguments.ours = arguments.ours or list(PRODUCT)
     arguments.method = arguments.method or ["admm"]
     if arguments.render:
         return arguments

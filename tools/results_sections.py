@@ -195,22 +195,14 @@ _OBQ4 = (*_OBQ, "quantization.weight_bits=4")
 _COMBINATIONS: tuple[tuple[str | None, tuple[str, ...]], ...] = (
     (None, ()),
     *((None, (f"pruning.method={name}",)) for name in _METHODS),
-    *((pattern, method) for pattern in ("2:4", "block:4") for method in ((), (_EXACT,))),
-    ("4:8", ()),
-    *(
-        (pattern, (*first, *last))
-        for pattern, first in ((None, ()), (None, (_EXACT,)), ("2:4", ()))
-        for last in (_OBQ, _OBQ4)
-    ),
+    *((pattern, ()) for pattern in ("2:4", "4:8", "block:4")),
+    *((None, placed) for placed in (_OBQ, _OBQ4)),
+    *((pattern, (_EXACT,)) for pattern in ("2:4", "block:4")),
+    *(("2:4", placed) for placed in (_OBQ, _OBQ4)),
 )
 
 
-def _admm_or_plain(pattern: str | None, settings: Sequence[str]) -> bool:
-    """Whether a combination changes one thing only: the solver, the pattern or the placing of the INT8 weights."""
-    return not (_EXACT in settings and (pattern or _OBQ[0] in settings)) and not (pattern and settings)
-
-
-def _combinations(entry: str, combinations: Sequence[tuple[str | None, tuple[str, ...]]]) -> Section:
+def _combinations(entry: str) -> Section:
     return Section(
         f"Methods, patterns and weights on the grid: {entry}",
         "Every solver of the registry at 50 % zeros, N:M patterns and blocks of 4, and INT8 weights that NNCF "
@@ -221,7 +213,7 @@ def _combinations(entry: str, combinations: Sequence[tuple[str | None, tuple[str
         "more than by their weights. Zeros are allocated by L2-normalised magnitude in all rows.",
         tuple(
             Experiment(entry, 50, settings=(_L2, *settings), pattern=pattern, bare=True)
-            for pattern, settings in combinations
+            for pattern, settings in _COMBINATIONS
         ),
         (
             Column("`pruning.method`", _method),
@@ -312,11 +304,7 @@ SECTIONS = (
         ),
         _run(_difference),
     ),
-    _combinations(_RESNET20, _COMBINATIONS),
-    _combinations(
-        _MOBILENET,
-        [(pattern, settings) for pattern, settings in _COMBINATIONS if _admm_or_plain(pattern, settings)],
-    ),
+    *(_combinations(entry) for entry in (_RESNET20, _MOBILENET)),
 )
 
 

@@ -160,14 +160,9 @@ class ReconstructionSettings(_Section):
     )
     masks: Literal["kept", "solved"] = Field(
         "solved",
-        description="with sparse inputs: keep the masks of the pruning stage, or solve for them again",
+        description="with sparse inputs: keep the masks of the pruning stage (as tuning always does), or solve for "
+        "them again",
     )
-
-    @model_validator(mode="after")
-    def _tuning_keeps_masks(self) -> ReconstructionSettings:
-        if self.method == "tuning" and self.masks == "solved":
-            raise ValueError("'masks: solved' needs 'method: closed_form': tuning keeps the masks")
-        return self
 
 
 class CorrectionSettings(_Section):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -266,9 +267,10 @@ class _Look:
         distances = []
         for position, found in enumerate(self._outputs(changed)):
             reference = meter._reference.read(position)
+            size = min(meter._batch, len(meter._samples) - position * meter._batch)
             distances.append(
                 np.sum(
-                    [sample_distances(reference[name], found[name], meter._kind) for name in meter._outputs],
+                    [_distances(reference[name], found[name], size, meter._kind) for name in meter._outputs],
                     axis=0,
                 )
             )
@@ -289,6 +291,13 @@ class _Look:
             if self._rest is not None:
                 alive |= self._rest.run({name: alive[name] for name in self._rest.inputs})
             yield alive
+
+
+def _distances(reference: AnyArray, candidate: AnyArray, size: int, kind: Literal["error", "kl"]) -> Float64:
+    """Distances of one batch's output, ``[size]``: that of the whole where it does not run over the samples."""
+    if reference.ndim and len(reference) == size:
+        return sample_distances(reference, candidate, kind)
+    return np.full(size, sample_distances(reference[None], candidate[None], "error")[0])
 
 
 def _read_from(graph: Graph, wanted: Sequence[str], alive: set[str]) -> list[str]:

@@ -159,7 +159,11 @@ class Run:
                 moments,
                 held,
                 self._measured_on(
-                    sample_number(dense, moments, len(self.job.fit), self.job.recipe), few=bool(held)
+                    max(
+                        prepared.model.batch_size or 1,
+                        sample_number(dense, moments, len(self.job.fit), self.job.recipe),
+                    ),
+                    few=bool(held),
                 ),
                 self.job.engine,
                 self.job.recipe,

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from pot_sparsity.algorithms.allocation.curves import Curve
-from pot_sparsity.algorithms.arrays import Moments
+from pot_sparsity.algorithms.arrays import AnyArray, Float64, Moments
 from pot_sparsity.algorithms.correction import activation_bias_correction
 from pot_sparsity.data import Dataset
 from pot_sparsity.engines import get_engine
@@ -29,7 +29,7 @@ from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.solve import DenseLayer, apply, prune_layer, read_dense
 from pot_sparsity.recipe import Recipe, validate_recipe
-from tests.pipeline.nets import QUICK, conv_net, dataset, images, normal, plain_net, shared_net, to_ir
+from tests.pipeline.nets import QUICK, conv_net, dataset, images, node, normal, plain_net, shared_net, to_ir
 
 ENGINE = get_engine("openvino", 2)
 
@@ -87,14 +87,20 @@ def measured(
     )
 
 
+def distances_of(reference: AnyArray, found: AnyArray, settings: Recipe) -> Float64:
+    """Sample by sample, or the relative squared error of a scalar for all samples."""
+    if reference.ndim:
+        return sample_distances(reference, found, settings.allocation.distance)
+    return np.full(40, (float(found) - float(reference)) ** 2 / float(reference) ** 2)
+
+
 def by_whole_runs(
     model: Model, item: DenseLayer, moments: Moments, settings: Recipe
 ) -> tuple[list[int], list[float]]:
     """Zeros and distances of every level, from runs of the whole model."""
     samples = next(iter(inputs(model, 40, 5).batches(40)))
-    name = model.outputs[0].name
     x = dict(zip(model.graph.inputs, samples.inputs.values(), strict=True))
-    reference = ENGINE.compile(model.extract()).run(x)[name]
+    reference = ENGINE.compile(model.extract()).run(x)
     zeros, distances = [], []
     for sparsity in level_sparsities(settings.allocation.levels):
         count = round(float(sparsity) * item.layer.size)
@@ -107,15 +113,11 @@ def by_whole_runs(
         )
         changed = model.copy()
         apply(changed, item.layer, replace(solution, biases=biases))
-        found = ENGINE.compile(changed.extract()).run(x)[name]
+        found = ENGINE.compile(changed.extract()).run(x)
+        both = [(reference[info.name], found[info.name]) for info in model.outputs]
+        total = np.sum([distances_of(*pair, settings) for pair in both], axis=0)
         zeros.append(count)
-        distances.append(
-            float(
-                sample_distances(reference, found, settings.allocation.distance).mean()
-                if settings.allocation.aggregate == "mean"
-                else sample_distances(reference, found, settings.allocation.distance).max()
-            )
-        )
+        distances.append(float(total.mean() if settings.allocation.aggregate == "mean" else total.max()))
     return zeros, distances
 
 
@@ -168,6 +170,66 @@ def test_large_networks_are_measured_on_fewer_samples(monkeypatch: pytest.Monkey
     assert sample_number(dense, moments, 48, settings) == 200
     monkeypatch.setattr("pot_sparsity.pipeline.curves.PASSES", 1.0)
     assert sample_number(dense, moments, 48, settings) == FEWEST
+
+
+def total_net() -> onnx.ModelProto:
+    """One more output than the plain net has: the sum over everything, without an axis of samples."""
+    net = plain_net()
+    net.graph.node.append(node("ReduceSum", ["y"], "total", keepdims=0))
+    net.graph.output.append(onnx.helper.make_tensor_value_info("total", onnx.TensorProto.FLOAT, None))
+    return onnx.shape_inference.infer_shapes(net)
+
+
+def only_total_net() -> onnx.ModelProto:
+    net = total_net()
+    del net.graph.output[0]
+    return net
+
+
+@pytest.mark.parametrize("net", [total_net, only_total_net])
+@pytest.mark.parametrize("distance", ["error", "kl"])
+def test_an_output_without_an_axis_of_samples_counts_as_one(
+    net: Callable[[], onnx.ModelProto], distance: str
+) -> None:
+    settings = recipe(distance=distance)
+    settings = settings.model_copy(
+        update={"calibration": settings.calibration.model_copy(update={"batch_size": 40})}
+    )
+    model, dense, moments = prepared(net(), settings)
+    curves = measured(model, dense, moments, settings)
+    compared = 0
+    for item in dense:
+        zeros, distances = by_whole_runs(model, item, moments[item.layer.name], settings)
+        if distances == sorted(distances):
+            found = curves[item.layer.name].at(np.array(zeros))
+            np.testing.assert_allclose(found, distances, rtol=2e-3, atol=1e-9)
+            compared += 1
+    assert compared
+
+
+def test_a_last_batch_that_is_not_full_counts_its_samples() -> None:
+    settings = recipe(aggregate="worst")
+    model, dense, moments = prepared(total_net(), settings)
+    size = settings.model_copy(
+        update={"calibration": settings.calibration.model_copy(update={"batch_size": 16})}
+    )
+    for name, curve in measured(model, dense, moments, size).items():
+        assert np.isfinite(curve.distortion).all(), name
+        assert curve.distortion[-1] > 0.0
+
+
+def test_a_fixed_batch_is_filled() -> None:
+    """Large networks are measured on few samples, but on no fewer than they take at once."""
+    settings = recipe(samples=FEWEST // 2).model_dump() | {"calibration": {"holdout": 0.0}}
+    report = optimize(
+        conv_net(FEWEST + 8),
+        images(2 * FEWEST + 16),
+        recipe=settings,
+        baseline_int8=False,
+        measure_latency=False,
+    ).report
+    assert "curves" in [stage.name for stage in report.stages]
+    assert report.sparsity_reached == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("as_ir", [False, True])

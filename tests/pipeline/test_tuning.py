@@ -241,7 +241,6 @@ def test_a_layer_is_tuned_from_its_pruned_state() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"masks": "solved"}, "'masks: solved' needs 'method: closed_form'"),
         ({"tuning": {"optimizer": "adma"}}, "unknown optimizer 'adma'; did you mean 'adam'"),
         ({"tuning": {"loss": "mae"}}, r"unknown loss 'mae'.* \(known: cosine, huber, l1, mse\)"),
     ],

@@ -197,3 +197,16 @@ def test_counts_that_no_layer_has_are_refused(method: str, pattern: Pattern, zer
     target, second = make_layer(26, 2, 3, 6)
     with pytest.raises(ValueError, match=f"zeros must be between 0 and 36, got {zeros}"):
         SOLVERS[method](target, second, zeros, pattern)
+
+
+@METHODS
+@PATTERNS
+@pytest.mark.parametrize("power", [-150, 150])
+def test_the_size_of_the_inputs_changes_no_weight(method: str, pattern: Pattern, power: int) -> None:
+    """Inputs of any size that float64 moments can hold, though squares of their products leave float32."""
+    target, second = make_layer(27, 2, 5, COLS)
+    usual = SOLVERS[method](target, second, target.size // 2, pattern)
+    scaled = SOLVERS[method](target, np.ldexp(second, power), target.size // 2, pattern)
+    np.testing.assert_array_equal(scaled.mask, usual.mask)
+    np.testing.assert_allclose(scaled.weight, usual.weight, rtol=1e-9, atol=1e-12)
+    assert scaled.error == pytest.approx(np.ldexp(usual.error, power), rel=1e-6)

@@ -321,6 +321,8 @@ def _mixed(
     gain = second.errors - first.errors
     more = second.mask.sum(axis=2) - first.mask.sum(axis=2)
     surplus = int(first.mask.sum()) - int(np.count_nonzero(pattern_mask(problem.saliency, zeros, pattern)))
+    # Blocks at the end of a row may be short: then even the fewest weights can be more than are due.
+    surplus = min(surplus, -int(more[more < 0].sum()))
     low, high = 0.0, first.error / first.mask.sum() + float(np.abs(gain).max())
     while more[gain + high * more < 0.0].sum() + surplus > 0:
         high *= 2.0

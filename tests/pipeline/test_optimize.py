@@ -251,9 +251,11 @@ def test_every_correction_runs(weights: str, differential: str) -> None:
 def test_pruning_beats_magnitude_and_the_walk_does_no_harm() -> None:
     plain = settings(
         0.7,
+        allocation={"method": "l2_normalized_magnitude"},
         pruning={"method": "magnitude"},
         reconstruction={"input": "dense"},
         correction={"bias": False, "differential": "never"},
+        finish={"activations": "never", "rescaling": "never"},
     )
     distances = []
     for recipe in (plain, settings(0.7)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -35,8 +35,8 @@ def tall_net() -> onnx.ModelProto:
     return proto(nodes[:-1], constants, ["n", 12])
 
 
-def run(threads: int, **pruning: Any) -> onnx.ModelProto:
-    recipe = {"sparsity": 0.6, "pruning": pruning, "quantization": {"enabled": False}}
+def run(threads: int, sections: Mapping[str, Any] | None = None, **pruning: Any) -> onnx.ModelProto:
+    recipe = {"sparsity": 0.6, "pruning": pruning, "quantization": {"enabled": False}, **(sections or {})}
     samples = normal(67, 400, 12)
     result = optimize(tall_net(), samples, recipe=recipe, threads=threads, measure_latency=False)
     assert isinstance(result.sparse_model, onnx.ModelProto)
@@ -87,7 +87,12 @@ def test_layers_that_run_alone(work: list[int], threads: int, alone: int) -> Non
 def test_dominant_layers_get_all_threads(monkeypatch: pytest.MonkeyPatch, threads: int, workers: int) -> None:
     seen: list[tuple[int, int, int]] = []
     monkeypatch.setitem(SOLVERS, "magnitude", recorder(seen))
-    run(threads, method="magnitude")
+    # Curves and the walk would call the solver too.
+    run(
+        threads,
+        {"allocation": {"method": "l2_normalized_magnitude"}, "reconstruction": {"masks": "kept"}},
+        method="magnitude",
+    )
     small = workers if threads > 2 else 1
     assert list(dict.fromkeys(seen)) == [(CLASSES, 150, workers), (150, 12, workers), (12, 12, small)]
 

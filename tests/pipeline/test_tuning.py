@@ -35,8 +35,9 @@ FAST = {"iterations": 4, "updates_per_batch": 10, "batch_size": 16, "learning_ra
 
 
 def recipe(inputs: str = "dense", sparsity: float = 0.6, **sections: Any) -> Recipe:
-    """Magnitude pruning, then tuning whatever the judge says."""
+    """Magnitude pruning, then tuning whatever the judge says, and nothing behind it."""
     tuning = {"method": "tuning", "input": inputs, "when": "always", "tuning": FAST}
+    tuning |= {"masks": "kept", "target": "layer"}
     tuning |= sections.pop("reconstruction", {})
     correction = {"differential": "never", "normalization": "never"}
     return validate_recipe(
@@ -45,6 +46,7 @@ def recipe(inputs: str = "dense", sparsity: float = 0.6, **sections: Any) -> Rec
             "pruning": {"method": "magnitude"},
             "reconstruction": tuning,
             "correction": correction,
+            "finish": {"activations": "never", "rescaling": "never"},
             **QUICK,
             **sections,
         }

@@ -10,6 +10,7 @@ import pytest
 
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.cli_options import build_recipe
+from pot_sparsity.recipe import load_recipe
 from tests.tools.loading import TOOLS, tool
 
 sections = tool("results_sections")
@@ -22,7 +23,7 @@ REPORT = TOOLS.parent / "tests" / "report" / "sample_report.json"
 
 
 def combinations() -> list[Any]:
-    return [section for section in sections.SECTIONS if section.compact]
+    return [section for section in sections.SECTIONS if section.title.startswith("Methods, patterns")]
 
 
 def recipe_of(experiment: Any) -> Any:
@@ -66,8 +67,20 @@ def test_methods_patterns_and_bits_are_all_there(section: Any) -> None:
     for pattern in ("2:4", "block:4"):
         assert {(name, pattern, "nncf", 8) for name in ("admm", "exact_obs")} <= found
     for bits in (8, 4):
-        assert {(name, "unstructured", "obq", bits) for name in ("admm", "exact_obs")} <= found
-        assert ("admm", "2:4", "obq", bits) in found
+        assert {("admm", pattern, "obq", bits) for pattern in ("unstructured", "2:4")} <= found
+    allocations = {recipe_of(experiment).allocation.method for experiment in section.experiments}
+    assert allocations == {"l2_normalized_magnitude"}
+
+
+def test_steps_are_switched_on_one_after_the_other() -> None:
+    (section,) = (section for section in sections.SECTIONS if section.title.startswith("What each step"))
+    for percent in (80, 90):
+        recipes = [recipe_of(e) for e in section.experiments if e.percent == percent]
+        assert len({recipe.dump() for recipe in recipes}) == len(recipes)
+        first, last = recipes[0], recipes[-1]
+        assert (first.pruning.method, first.reconstruction.input) == ("magnitude", "dense")
+        assert (first.correction.differential, first.finish.activations) == ("never", "never")
+        assert last == load_recipe(None, [f"sparsity={percent / 100}"])
 
 
 def test_commands_can_be_typed() -> None:
@@ -141,8 +154,9 @@ def test_what_is_cached_does_not_run_again(
     monkeypatch.setattr(make, "run", fake)
     entry = cached["first"].entry
     for _ in range(2):
-        assert make.fill_cache(cached["cache"], tmp_path, ZOO, [f"{entry}/50", f"{entry}/50/pruning*"]) == 0
+        assert make.fill_cache(cached["cache"], tmp_path, ZOO, [f"{entry}/50/bare/*pruning*"]) == 0
     rows = combinations()[0].experiments
-    expected = [e.name for e in rows[2:] if e.pattern is None and e.settings[0].startswith("pruning")]
+    expected = [e.name for e in rows[2:] if e.pattern is None and any("pruning" in s for s in e.settings)]
     assert ran == expected
+    assert expected
     assert set(make.read_cache(cached["cache"], ZOO)) == {e.name for e in rows[:2]} | set(expected)

@@ -110,6 +110,7 @@ def main() -> int:
     parser.add_argument(
         "--onnxsim", type=Path, nargs="+", default=[], metavar="FILE", help="lines of compare_onnxsim.py"
     )
+    parser.add_argument("--note", default="", help="a sentence for the page on how the runs were made")
     parser.add_argument("--output", type=Path, default=TARGET, help="the page (default docs/results.md)")
     arguments = parser.parse_args()
     try:
@@ -126,7 +127,7 @@ def main() -> int:
     outcomes = read_cache(arguments.cache, zoo)
     if outcomes:
         more = section(read_lines(arguments.onnxsim), zoo, ZOO)
-        arguments.output.write_text(page(outcomes, zoo, more), encoding="utf-8")
+        arguments.output.write_text(page(outcomes, zoo, more, arguments.note), encoding="utf-8")
     missing = [e.name for e in experiments() if e.name not in outcomes]
     if missing:
         print(f"not in the cache: {', '.join(missing)}", file=sys.stderr)

@@ -117,8 +117,10 @@ def _commands(section: Section, done: Sequence[Experiment], zoo: Mapping[str, An
     return lines
 
 
-def page(outcomes: Mapping[str, Outcome], zoo: Mapping[str, Any], more: Sequence[str] = ()) -> str:
-    """The whole page; ``more`` are lines that go below the sections."""
+def page(
+    outcomes: Mapping[str, Outcome], zoo: Mapping[str, Any], more: Sequence[str] = (), note: str = ""
+) -> str:
+    """The whole page; ``more`` are lines that go below the sections, ``note`` tells how the runs were made."""
     lines = [
         "# Results",
         "",
@@ -132,6 +134,7 @@ def page(outcomes: Mapping[str, Outcome], zoo: Mapping[str, Any], more: Sequence
         "four, latency. No labels are used but to judge.",
         "",
         *_setting(outcomes),
+        *([note] if note else []),
         "",
         f"The commands reproduce each row; `{ZOO}` is a folder with the networks and data.",
     ]

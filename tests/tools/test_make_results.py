@@ -124,10 +124,13 @@ def test_the_page_shows_what_is_in_the_cache(
     shared = {"pattern": "unstructured", "sparsity": 0.5, "reached": 0.5, "method": "pot_sparsity"}
     onnxsim.write_text(f"{json.dumps(line)}\n{json.dumps(line | shared)}\n", encoding="utf-8")
     given = ["make_results.py", "--zoo", str(tmp_path), "--cache", str(cached["cache"]), "--render-only"]
-    monkeypatch.setattr("sys.argv", [*given, "--output", str(output), "--onnxsim", str(onnxsim)])
+    monkeypatch.setattr(
+        "sys.argv", [*given, "--output", str(output), "--onnxsim", str(onnxsim), "--note", "By moonlight."]
+    )
     assert make.main() == 0
     assert "not in the cache: " in capsys.readouterr().err
     text = output.read_text(encoding="utf-8")
+    assert "\nBy moonlight.\n" in text.partition("\n## ")[0]
     title = combinations()[0].title
     table = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
     variants = {variant["name"]: variant for variant in cached["report"]["variants"]}

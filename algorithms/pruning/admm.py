@@ -57,7 +57,7 @@ _PATIENCE = 3
 # Layers that cost less than this many multiplications per iteration try several starting penalties.
 _CHEAP = 2e7
 # Layers that cost more than this let rho grow faster, up to three times.
-_DEAR = 6e9
+_DEAR = 9e8
 _RHO = (0.05,)
 _RHO_CHEAP = (0.01, 0.05, 0.2)
 # Penalties that restarts begin with, in turn: different ones shake different rows.

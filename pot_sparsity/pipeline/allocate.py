@@ -8,6 +8,7 @@ from pot_sparsity.algorithms.allocation import get_allocation
 from pot_sparsity.algorithms.allocation.base import find_limits
 from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.allocation.rate_distortion import rate_distortion
+from pot_sparsity.algorithms.arrays import Pattern
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.pipeline.prepare import layer_weights
 from pot_sparsity.pipeline.solve import DenseLayer
@@ -19,9 +20,8 @@ FALLBACK = "l2_normalized_magnitude"
 
 def needs_curves(recipe: Recipe) -> bool:
     """Whether the recipe's allocation measures the network's output; ``n:m`` patterns leave nothing to allocate."""
-    return recipe.allocation.method == OUTPUT_DISTORTION and ":" not in recipe.pruning.pattern.removeprefix(
-        "block:"
-    )
+    fixed = Pattern.parse(recipe.pruning.pattern).kind == "n:m"
+    return recipe.allocation.method == OUTPUT_DISTORTION and not fixed
 
 
 def allocate(

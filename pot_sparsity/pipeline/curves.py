@@ -18,18 +18,18 @@ from threadpoolctl import threadpool_limits
 
 from pot_sparsity.algorithms.allocation.curves import NONZEROS, Curve, aggregate_samples, build_curve
 from pot_sparsity.algorithms.arrays import AnyArray, Float64, Moments
-from pot_sparsity.algorithms.correction import activation_bias_correction
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine, Executable
 from pot_sparsity.graph.graph import Graph
 from pot_sparsity.graph.layers import Layer, Place
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import sample_distances
-from pot_sparsity.pipeline.evaluate import feeds
+from pot_sparsity.pipeline.correction import OneShot, corrected
+from pot_sparsity.pipeline.evaluate import feeds, float_outputs
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.sides import Side, fill_spools
-from pot_sparsity.pipeline.solve import QUICK, DenseLayer, Solution, apply, layer_work, prune_layer
+from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, layer_work, prune_layer, quick_recipe
 from pot_sparsity.pipeline.spool import Spool
 from pot_sparsity.pipeline.stages import StagePlan, plan_stages
 from pot_sparsity.recipe import Recipe
@@ -111,10 +111,7 @@ def measure_curves(
             curves[item.layer.name] = _curve(item, stored["zeros"], stored["errors"], stored["distortion"])
     if not missing:
         return curves
-    solver = recipe.model_copy(
-        update={"pruning": recipe.pruning.model_copy(update={"method": QUICK, "options": {}})}
-    )
-    chosen = solver if sum(layer_work(item) for item in dense) > WORK else recipe
+    chosen = quick_recipe(recipe) if sum(layer_work(item) for item in dense) > WORK else recipe
     progress.start("Measuring curves", len(missing))
     with ExitStack() as stack:
         stack.callback(progress.finish)
@@ -160,23 +157,8 @@ def _levels(
             solution = prune_layer(item, moments, held_out, count, recipe, shrinkage=shrinkage)
             if held_out is not None:  # the first level's choice serves all
                 shrinkage = solution.shrinkage
-            solutions.append(_with_bias(item, solution, moments))
+            solutions.append(corrected(item, solution, moments, OneShot("none", bias=True)))
     return Levels(tuple(solutions), zeros)
-
-
-def _with_bias(item: DenseLayer, solution: Solution, moments: Moments) -> Solution:
-    biases = tuple(
-        None if bias is None else activation_bias_correction(item.weight, solution.weight, moments.mean, bias)
-        for bias in item.biases
-    )
-    return Solution(
-        solution.weight,
-        biases,
-        solution.relative_error,
-        solution.damping,
-        solution.seconds,
-        solution.shrinkage,
-    )
 
 
 def _curve(item: DenseLayer, zeros: AnyArray, errors: AnyArray, distortion: AnyArray) -> Curve:
@@ -210,7 +192,7 @@ class _Meter:
         self._model = model
         self._engine = engine
         self._kind = recipe.allocation.distance
-        self._outputs = [info.name for info in model.outputs if info.dtype is None or info.dtype.kind == "f"]
+        self._outputs = [model.outputs[index].name for index in float_outputs(model)]
         self._samples = samples
         self._batch = model.batch_size or recipe.calibration.batch_size
         self._side = Side(model, engine)

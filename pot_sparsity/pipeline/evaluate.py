@@ -61,7 +61,7 @@ class Evaluator:
         self._progress = progress
         self._what = what
         self._reference = Spool()
-        self._positions = [i for i, info in enumerate(dense.outputs) if _is_float(info.dtype)]
+        self._positions = float_outputs(dense)
         if not self._positions:
             raise DataError("the model has no floating-point output to compare")
         self._names = [dense.outputs[i].name for i in self._positions]
@@ -142,6 +142,11 @@ def feeds(model: Model, executable: Executable, batch: Batch) -> dict[str, AnyAr
         tensor: batch.inputs[name] for tensor, name in zip(model.graph.inputs, model.input_names, strict=True)
     }
     return {tensor: by_tensor[tensor] for tensor in executable.inputs}
+
+
+def float_outputs(model: Model) -> list[int]:
+    """Positions of the outputs that can be compared: those known to be floating point."""
+    return [index for index, info in enumerate(model.outputs) if _is_float(info.dtype)]
 
 
 def _is_float(dtype: np.dtype[np.generic] | None) -> bool:

@@ -97,6 +97,13 @@ def solver_options(recipe: Recipe) -> SolverOptions:
         raise RecipeError(f"pruning.options: {error}") from None
 
 
+def quick_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the quick solver in place of its own."""
+    return recipe.model_copy(
+        update={"pruning": recipe.pruning.model_copy(update={"method": QUICK, "options": {}})}
+    )
+
+
 def run_solver(
     recipe: Recipe, options: SolverOptions, layer: Layer, target: Float64, second: Float64, zeros: int
 ) -> PruningResult:
@@ -203,9 +210,7 @@ def _find_shrinkage(
     recipe: Recipe,
 ) -> float:
     """The shrinkage that serves the held-out samples best; a quick solver stands in for the recipe's."""
-    quick = recipe.model_copy(
-        update={"pruning": recipe.pruning.model_copy(update={"method": QUICK, "options": {}})}
-    )
+    quick = quick_recipe(recipe)
     best, chosen = np.inf, 0.0
     for shrinkage in (0.0, *SHRINKAGES):
         result = run_solver(quick, SolverOptions(), item.layer, item.weight, shrunk(second, shrinkage), zeros)

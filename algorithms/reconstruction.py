@@ -54,7 +54,12 @@ def output_error(weight: Float64, moments: CrossMoments) -> float:
 
 
 def sparse_target(
-    dense: Float64, fit: CrossMoments, held_out: CrossMoments | None, *, ridge: float = RIDGE
+    dense: Float64,
+    fit: CrossMoments,
+    held_out: CrossMoments | None,
+    *,
+    ridge: float = RIDGE,
+    prior: Float64 | None = None,
 ) -> SparseTarget:
     """Least-squares target on the sparse model's inputs, blended with the dense weight.
 
@@ -69,6 +74,9 @@ def sparse_target(
         None takes the optimum as it is.
     ridge
         Weight of ``|W - W_dense|^2``, relative to the mean diagonal of H.
+    prior
+        ``[groups, cols, cols]``, positive definite, with a mean diagonal of 1: ``P`` where the ridge is to be
+        ``tr((W - W_dense) P (W - W_dense)^T)``.
     """
     centred = fit.inputs.centred
     cols = centred.shape[-1]
@@ -77,7 +85,10 @@ def sparse_target(
     level = ridge * np.einsum("gcc->g", centred) / cols
     level = np.maximum(level, ROUNDING * np.einsum("gcc->g", fit.inputs.second) / cols)
     level = np.where(level > 0, level, 1.0)
-    best = np.stack([_ridge(centred[g], cross[g], dense[g], float(level[g])) for g in range(len(dense))])
+    metric = np.broadcast_to(np.eye(cols), centred.shape) if prior is None else prior
+    best = np.stack(
+        [_ridge(centred[g], cross[g], dense[g], float(level[g]), metric[g]) for g in range(len(dense))]
+    )
     judge = held_out or fit
     step = best - dense
     curvature = float(((step @ judge.inputs.centred) * step).sum())
@@ -91,15 +102,15 @@ def sparse_target(
     return SparseTarget(weight, blend, relative[0], relative[1])
 
 
-def _ridge(second: Float64, cross: Float64, dense: Float64, level: float) -> Float64:
-    """``argmin tr(W H W^T) - 2 tr(W G^T) + level |W - W_dense|^2``; rounding may ask for a higher level."""
+def _ridge(second: Float64, cross: Float64, dense: Float64, level: float, metric: Float64) -> Float64:
+    """``argmin tr(W H W^T) - 2 tr(W G^T) + level |W - W_dense|^2`` in the metric; rounding may ask for more."""
     for _ in range(STEPS):
         try:
-            factor = cho_factor(second + level * np.eye(len(second)), lower=True, check_finite=False)
+            factor = cho_factor(second + level * metric, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
             level *= 10.0
             continue
-        return np.asarray(cho_solve(factor, (cross + level * dense).T, check_finite=False).T)
+        return np.asarray(cho_solve(factor, (cross + level * dense @ metric).T, check_finite=False).T)
     raise np.linalg.LinAlgError(
         "covariance of the layer's input is too indefinite: no ridge makes it solvable"
     )

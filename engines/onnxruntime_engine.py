@@ -15,6 +15,8 @@ from pot_sparsity.graph.graph import TensorInfo
 from pot_sparsity.graph.model import Runnable
 
 _QUIET = 4
+#: Keeps operators between quantizers in float32; else ONNX Runtime rounds their biases, too, or inputs of its own.
+_IN_FLOAT = "session.disable_quant_qdq"
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -32,7 +34,7 @@ _TYPES = {
 
 
 class OnnxRuntimeEngine:
-    """Compiles ONNX models for this machine's CPU; always computes in the model's own types.
+    """Compiles ONNX models for this machine's CPU; computes in the model's own types.
 
     Parameters
     ----------
@@ -46,7 +48,7 @@ class OnnxRuntimeEngine:
         self._threads = threads or 0
 
     def compile(self, runnable: Runnable, *, exact: bool = True) -> BatchedExecutable:
-        """Compile a model; ``exact`` makes no difference here.
+        """Compile a model; ``exact`` computes in float32 what stands between quantizers.
 
         Raises
         ------
@@ -63,6 +65,8 @@ class OnnxRuntimeEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = _QUIET
+        if exact:
+            options.add_session_config_entry(_IN_FLOAT, "1")
         try:
             session = onnxruntime.InferenceSession(
                 str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]

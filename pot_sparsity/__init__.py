@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pot_sparsity.data import Preprocess, load_dataset
     from pot_sparsity.errors import PotSparsityError
-    from pot_sparsity.pipeline import Inspection, Result, inspect, optimize, validate
+    from pot_sparsity.pipeline import Inspection, Result, Sweep, inspect, optimize, sweep, validate
     from pot_sparsity.recipe import Recipe, load_recipe
 
 __all__ = [
@@ -20,10 +20,12 @@ __all__ = [
     "Preprocess",
     "Recipe",
     "Result",
+    "Sweep",
     "inspect",
     "load_dataset",
     "load_recipe",
     "optimize",
+    "sweep",
     "validate",
 ]
 
@@ -34,10 +36,12 @@ _HOMES = {
     "Preprocess": "pot_sparsity.data",
     "Recipe": "pot_sparsity.recipe",
     "Result": "pot_sparsity.pipeline",
+    "Sweep": "pot_sparsity.pipeline",
     "inspect": "pot_sparsity.pipeline",
     "load_dataset": "pot_sparsity.data",
     "load_recipe": "pot_sparsity.recipe",
     "optimize": "pot_sparsity.pipeline",
+    "sweep": "pot_sparsity.pipeline",
     "validate": "pot_sparsity.pipeline",
 }
 

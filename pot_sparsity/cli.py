@@ -1,4 +1,4 @@
-"""The command line ``pot-sparsity``: optimize, inspect, validate, demo.
+"""The command line ``pot-sparsity``: optimize, sweep, inspect, validate, demo.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 internal error, 2 wrong usage or
 input (one line that says what to do), 3 accuracy gate not met, 130 interrupted. Heavy packages are imported
@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pot_sparsity import cli_options as options
+from pot_sparsity import cli_sweep
+from pot_sparsity.cli_session import INTERRUPTED, UsageError, session
 from pot_sparsity.errors import OutputError, PotSparsityError, UserError
 
 if TYPE_CHECKING:
     from pot_sparsity.pipeline import Inspection, Result
-    from pot_sparsity.pipeline.progress import Progress
 
-INTERRUPTED = 130
 DEMO_FOLDER = Path("pot-sparsity-demo")
 DEMO_MODEL = "digits_cnn.onnx"
 DEMO_SPARSITY = 0.6
-
-# typer's usage errors have one public class, BadParameter; its parents cover unknown options and commands too
-_UsageError = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
     name="pot-sparsity",
@@ -49,7 +44,9 @@ Examples:
   pot-sparsity optimize model.onnx -c images/ --resize shorter:256 --center-crop 224
       --mean-values 123.675,116.28,103.53 --scale-values 58.395,57.12,57.375
       --validation val/ --validation-labels labels.csv --sparsity 0.6 -o out
+  pot-sparsity optimize model.onnx -c calibration.npz --budget flops=0.5 --budget size=0.2 -o out
   pot-sparsity optimize model.xml -c images/ --recipe pot --max-drop 1 --set schedule.iterations=5 -o out
+  pot-sparsity optimize model.onnx -c images/ --sparsity 0.9 --max-drop 1 --database layers -o out
 
 The folder holds the model in the input's format, report.html, report.json and the recipe as used.
 """
@@ -75,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return int(app(args=given, prog_name="pot-sparsity", standalone_mode=False) or 0)
-    except _UsageError as error:
+    except UsageError as error:
         text = getattr(error, "format_message", error.__str__)()
-        command = f"{given[0]} " if given[0] in ("optimize", "inspect", "validate", "demo") else ""
+        command = f"{given[0]} " if given[0] in ("optimize", "sweep", "inspect", "validate", "demo") else ""
         return _fail(f"{text.removesuffix('.')}; see: pot-sparsity {command}--help", UserError.exit_code)
     except PotSparsityError as error:
         return _fail(str(error), error.exit_code)
@@ -111,6 +108,8 @@ def optimize(
     metric: options.Metric = "top1",
     recipe: options.RecipeSource = None,
     sparsity: options.Sparsity = None,
+    budget: options.Budget = None,
+    timings: options.Timings = None,
     pattern: options.PatternName = None,
     int8: options.Int8 = None,
     max_drop: options.MaxDrop = None,
@@ -137,17 +136,29 @@ def optimize(
     output_format: options.FormatName = "same",
     resume: options.Resume = False,
     force: options.Force = False,
+    database: options.Database = None,
+    from_sweep: options.FromSweep = None,
+    point: options.Point = None,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Prune, correct, quantize and validate a model."""
-    with _session(verbose=verbose, quiet=quiet, folder=output) as progress:
+    with session(verbose=verbose, quiet=quiet, folder=output) as progress:
         if resume and force:
             raise UserError("--resume and --force exclude each other: go on with the old run, or replace it")
+        source: str | dict[str, Any] | None = recipe
+        if from_sweep is not None:
+            source, point = cli_sweep.start_from(
+                from_sweep, point, recipe=recipe, sparsity=sparsity, budget=budget or (), max_drop=max_drop
+            )
+            sparsity, budget = None, None  # they have chosen the point
+        elif point is not None:
+            raise UserError("--point is a point of a sweep: name its folder with --from-sweep")
         full_recipe = options.build_recipe(
-            recipe,
+            source,
             settings or (),
             sparsity=sparsity,
+            budget=budget or (),
             pattern=pattern,
             int8=int8,
             max_drop=max_drop,
@@ -185,12 +196,19 @@ def optimize(
             output_format=output_format,
             resume=resume,
             force=force,
+            database=database,
+            timings=timings,
             threads=threads,
             progress=progress,
             baseline_int8=dense_int8,
             measure_latency=latency,
+            from_sweep=from_sweep,
+            point=point,
         )
     _show(result, verbose)
+
+
+app.command(epilog=cli_sweep.EXAMPLES)(cli_sweep.sweep)
 
 
 @app.command(epilog=_INSPECT_EXAMPLES)
@@ -200,7 +218,7 @@ def inspect(
     verbose: options.Verbose = False,
 ) -> None:
     """Show the layers of a model: shapes, weights, FLOPs, zeros, what can be pruned and why not."""
-    with _session(verbose=verbose, quiet=False):
+    with session(verbose=verbose, quiet=False):
         from pot_sparsity import pipeline
 
         found = pipeline.inspect(model)
@@ -247,7 +265,7 @@ def validate(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure a model on labelled samples, or against a reference model."""
-    with _session(verbose=verbose, quiet=quiet) as progress:
+    with session(verbose=verbose, quiet=quiet) as progress:
         pictures = options.build_preprocess(
             preprocess,
             mean_values=mean_values,
@@ -290,7 +308,7 @@ def demo(
 ) -> None:
     """Run the main job on the handwritten digits and the small network that ship with the package."""
     with ExitStack() as stack:
-        progress = stack.enter_context(_session(verbose=verbose, quiet=quiet, folder=output))
+        progress = stack.enter_context(session(verbose=verbose, quiet=quiet, folder=output))
         recipe = options.build_recipe(None, (), sparsity=sparsity)
         _check_demo_folder(output)
         assets = resources.files("pot_sparsity.demo_assets")
@@ -349,56 +367,6 @@ def _show(result: Result, verbose: bool) -> None:
         for file in result.files:
             print(f"model:  {file}")
         print(f"report: {result.folder / HTML_NAME}")
-
-
-@contextmanager
-def _session(*, verbose: bool, quiet: bool, folder: Path | None = None) -> Iterator[Progress]:
-    """Progress and log on stderr; an unexpected exception becomes one line, its traceback goes to the log."""
-    import logging
-
-    from rich.console import Console
-
-    from pot_sparsity.report.console import ConsoleProgress, logging_to
-
-    console = Console(stderr=True, markup=False, highlight=False)
-    bars = ConsoleProgress(Console(stderr=True, quiet=True) if quiet else console)
-    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    try:
-        with logging_to(console, level), warnings.catch_warnings():
-            if not verbose:
-                warnings.simplefilter("ignore")  # of the libraries; what concerns the user is in the report
-            yield bars
-    except (PotSparsityError, typer.Exit, _UsageError):
-        raise
-    except KeyboardInterrupt:
-        hint = (
-            " Run again with --resume to go on." if folder is not None and (folder / "state").is_dir() else ""
-        )
-        print(f"interrupted.{hint}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        raise PotSparsityError(_internal(error, folder, verbose)) from error
-    finally:
-        bars.close()
-
-
-def _internal(error: Exception, folder: Path | None, verbose: bool) -> str:
-    """One line about an unexpected exception, whose traceback is in the run's log or goes there."""
-    trace = traceback.format_exc()
-    where = "run again with --verbose to see where"
-    if folder is not None and folder.is_dir():
-        log = folder / "run.log"
-        try:
-            with log.open("a+", encoding="utf-8") as stream:
-                stream.seek(0)
-                if not stream.read().rstrip().endswith(trace.splitlines()[-1]):
-                    stream.write(trace)
-            where = f"the traceback is in {log}"
-        except OSError as failure:
-            where = f"{where} ({log} cannot be written: {failure.strerror})"
-    if verbose:
-        print(trace, file=sys.stderr, end="")
-    return f"internal error: {type(error).__name__}: {error}; {where}"
 
 
 def _fail(message: str, code: int) -> int:

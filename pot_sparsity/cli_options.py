@@ -6,9 +6,10 @@ Only the standard library and typer are imported here, so that ``--help`` answer
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -60,12 +61,31 @@ Metric = Annotated[
 RecipeSource = Annotated[
     str | None,
     typer.Option(
-        "--recipe", "-r", metavar="FILE|NAME", help="A YAML file, or default or pot.  [default: default]"
+        "--recipe",
+        "-r",
+        metavar="FILE|NAME",
+        help="A YAML file, or one that ships: default, obc, obc_bops, pot, rd, rd_iterative.  [default: default]",
     ),
 ]
 Sparsity = Annotated[
     float | None,
     typer.Option(metavar="S", help="Fraction of zeros to reach, 0 to 1.  [default: from the recipe, 0.5]"),
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND=V",
+        help="Keep at most this fraction of the dense model's flops, bops, size or latency, e.g. flops=0.5; several, "
+        "and --sparsity, hold at once.",
+    ),
+]
+Timings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Seconds of every layer at several densities, in JSON or YAML, for --budget latency=V.  [default: "
+        "measured here]",
+    ),
 ]
 PatternName = Annotated[
     str | None, typer.Option("--pattern", metavar="P", help="Pattern of zeros: unstructured, n:m or block:c.")
@@ -88,7 +108,8 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="Largest allowed drop of the metric, in its points; the sparsest model within it is kept.",
+        help="Largest allowed drop of the metric, in its points; the sparsest model within it is searched for, up to "
+        "--sparsity.",
     ),
 ]
 Engine = Annotated[EngineName, typer.Option(help="What runs the model.")]
@@ -147,6 +168,26 @@ KeepStructure = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.  [default: all cores]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+Database = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Keep solved layers there, and read those that an earlier run has solved; the result is the same.",
+    ),
+]
+FromSweep = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="SWEEP",
+        help="Write a point of this sweep (its folder) at once: its recipe and solved layers, corrected. Choose the "
+        "point with --point, --max-drop, --sparsity or --budget; for the full run on its zeros add --set "
+        "reconstruction.input=sparse --set finish.activations=helps.",
+    ),
+]
+Point = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="With --from-sweep: the point, such as lamp@0.80, or its number."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run in the output folder.")]
 FormatName = Annotated[
     Format, typer.Option("--format", help="Format of the result: that of the input, or OpenVINO IR.")
@@ -158,10 +199,11 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Fol
 
 
 def build_recipe(
-    source: str | None,
+    source: str | Mapping[str, Any] | None,
     settings: Sequence[str],
     *,
     sparsity: float | None = None,
+    budget: Sequence[str] = (),
     pattern: str | None = None,
     int8: bool | None = None,
     max_drop: float | None = None,
@@ -195,9 +237,11 @@ def build_recipe(
         raise RecipeError(
             "--augment-factor needs --augment: name the augmentations, e.g. --augment flip,crop"
         )
-    base = load_recipe(source).allocation
+    recipe = load_recipe(source)
+    base = recipe.allocation
     values: dict[str, object] = {
         "sparsity": sparsity,
+        "budget": read_budget(recipe.budget, budget, sparsity),
         "pruning.pattern": pattern,
         "quantization.enabled": int8,
         "schedule.max_drop": max_drop,
@@ -214,6 +258,31 @@ def build_recipe(
     # JSON is YAML: the same override syntax serves options and --set
     given = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
     return load_recipe(source, [*given, *settings])
+
+
+def read_budget(
+    base: Mapping[str, float], given: Sequence[str], sparsity: float | None
+) -> dict[str, object] | None:
+    """The budgets that ``--budget`` gives in place of the recipe's, with ``--sparsity`` as one of them."""
+    budget: dict[str, object] = {}
+    for text in (part.strip() for entry in given for part in entry.split(",")):
+        kind, equals, value = (part.strip() for part in text.partition("="))
+        try:
+            bound = float(value)
+        except ValueError:
+            bound = math.nan
+        if not (kind and equals) or math.isnan(bound):
+            raise RecipeError(f"--budget {text!r} must look like KIND=V, e.g. flops=0.5")
+        if kind in budget:
+            raise RecipeError(f"--budget {kind} is given twice")
+        budget[kind] = bound
+    if sparsity is not None and "sparsity" in budget:
+        raise RecipeError("--sparsity and --budget sparsity say the same: give one of them")
+    if not budget:
+        budget = dict(base)
+    if budget and sparsity is not None:
+        budget["sparsity"] = sparsity
+    return budget or None
 
 
 def build_preprocess(

@@ -275,7 +275,9 @@ def paired_interval(correct_a: Bool, correct_b: Bool, confidence: float = 0.95) 
     return mean, max(mean - half, -100.0), min(mean + half, 100.0)
 
 
-def sample_distances(reference: AnyArray, candidate: AnyArray, kind: Literal["error", "kl"]) -> Float64:
+def sample_distances(
+    reference: AnyArray, candidate: AnyArray, kind: Literal["error", "kl", "squared"]
+) -> Float64:
     """Distance of one output to the dense model's, sample by sample.
 
     Parameters
@@ -286,7 +288,7 @@ def sample_distances(reference: AnyArray, candidate: AnyArray, kind: Literal["er
         ``error``: squared error, relative to the mean energy of the reference. ``kl``: divergence of the softmax
         of class scores, in nats (mean over positions), or of the outputs themselves where all of the reference
         already looks like probabilities (as in :class:`Comparison`); outputs that do not look like class scores
-        fall back to ``error``.
+        fall back to ``error``. ``squared``: squared error as it is.
 
     Returns
     -------
@@ -300,7 +302,7 @@ def sample_distances(reference: AnyArray, candidate: AnyArray, kind: Literal["er
         divergence = _divergence(ours, theirs, probabilities=_are_probabilities(ours)).sum(axis=-1)
         return np.asarray(divergence.reshape(samples, -1).mean(axis=1), dtype=np.float64)
     flat = reference.reshape(samples, -1).astype(np.float64)
-    energy = float(np.square(flat).sum()) / samples
+    energy = 1.0 if kind == "squared" else float(np.square(flat).sum()) / samples
     error = np.square(candidate.reshape(samples, -1) - flat).sum(axis=1)
     return np.asarray(error / energy if energy > 0.0 else error, dtype=np.float64)
 

@@ -125,7 +125,7 @@ def _runs(native: onnx.ModelProto, folded: Model, dataset: Dataset) -> bool:
     engine = OnnxRuntimeEngine()
     for model in (load_model(native), folded):
         try:
-            executable = engine.compile(model.extract())
+            executable = engine.compile(model.extract(), exact=False)
             executable.run(
                 dict(zip(executable.inputs, (batch.inputs[n] for n in model.input_names), strict=True))
             )

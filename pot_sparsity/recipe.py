@@ -1,7 +1,8 @@
 """Recipes: one YAML file, or the same words in Python, that names the stages of a run and their settings.
 
-A recipe is read from a file or by the name of one that ships with the package (``default``, ``pot``), then
-single keys are overridden (``--set pruning.method=magnitude``). Unknown keys are refused with the nearest known one.
+A recipe is read from a file or by the name of one that ships with the package (``default``, ``obc``, ``pot``, ...),
+then single keys are overridden (``--set pruning.method=magnitude``). Unknown keys are refused with the nearest known
+one.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def validate_recipe(settings: Mapping[str, Any]) -> Recipe:
         if first["type"] == "extra_forbidden":
             raise RecipeError(_unknown_key(path)) from None
         message = str(first["msg"]).removeprefix("Value error, ")
+        if not path:
+            raise RecipeError(f"recipe: {message}") from None
         raise RecipeError(f"recipe key '{path}': {message} (got {first['input']!r})") from None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,8 +13,11 @@ from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.algorithms.arrays import Pattern
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.algorithms.tuning import LOSSES, OPTIMIZERS
+from pot_sparsity.mixed_settings import MixedSettings
 
 When = Literal["always", "helps", "never"]
+#: What can be bounded; all but ``sparsity`` as a fraction of what the dense model costs.
+BUDGETS = ("sparsity", "flops", "bops", "size", "latency")
 #: The allocation that measures the network's output.
 OUTPUT_DISTORTION = "output_distortion"
 
@@ -47,15 +50,69 @@ class AllocationSettings(_Section):
     levels: int = Field(
         6, ge=2, le=100, description="output_distortion: sparsities at which every layer is measured"
     )
+    spacing: Literal["density", "linear"] = Field(
+        "density",
+        description="output_distortion: densities in equal ratios, with the layer's own error telling what lies in "
+        "between, or sparsities in equal steps up to 1 with straight lines in between (rate-distortion pruning)",
+    )
+    pruning: Literal["run", "magnitude"] = Field(
+        "run",
+        description="output_distortion: what prunes the layer that is measured: the run's own solver, with the bias "
+        "corrected, or magnitude alone",
+    )
     samples: int = Field(256, ge=1, description="output_distortion: samples it is measured on, at most")
-    distance: Literal["error", "kl"] = Field(
+    fewer_samples: bool = Field(
+        True, description="output_distortion: fewer samples for networks on which they would take long"
+    )
+    inputs: Literal["calibration", "noise"] = Field(
+        "calibration",
+        description="output_distortion: those samples, or standard normal noise of their shape (zero-data pruning)",
+    )
+    objective: Literal["network", "layer"] = Field(
+        "network", description="output_distortion: whose output is compared, the network's or the layer's own"
+    )
+    distance: Literal["error", "kl", "squared"] = Field(
         "error",
-        description="output_distortion: relative squared error of the outputs, or divergence of class scores",
+        description="output_distortion: relative squared error of the outputs, divergence of class scores, or plain "
+        "squared error",
     )
     aggregate: Literal["mean", "worst"] = Field(
         "mean", description="output_distortion: over samples, the mean or the worst"
     )
-    options: dict[str, float | bool] = Field(default_factory=dict, description="options of that allocation")
+    cleaning: Literal["isotonic", "outliers", "running_max", "none"] = Field(
+        "isotonic",
+        description="output_distortion: measured points that fall with sparsity are moved to the nearest rising "
+        "curve, delete the higher ones before them (outlier filtering), are lifted, or stay",
+    )
+    rounds: Literal["one", "iterative"] = Field(
+        "one",
+        description="output_distortion: all zeros at once, or round by round, with curves measured again on the model "
+        "that is pruned so far; one layer never gets fewer zeros than before",
+    )
+    removed: float = Field(
+        0.2,
+        gt=0.0,
+        lt=1.0,
+        description="part of the weights left that a round removes (unless kind is cubic)",
+    )
+    refine: Literal["helps", "never"] = Field(
+        "helps",
+        description="output_distortion: once a sparse model stands, correct the curves by what layers do to its output "
+        "and allocate again; kept if the output on held-out samples comes nearer to the dense model's",
+    )
+    refine_from: float = Field(
+        0.02, ge=0.0, description="distance of the output on held-out samples from which on that is tried"
+    )
+    solver: Literal["auto", "dynamic_program", "hull"] = Field(
+        "auto",
+        description="output_distortion: how levels are chosen within one budget: by SPDY's dynamic program over a "
+        "budget cut into buckets (as auto does), or along the lower convex hulls",
+    )
+    options: dict[str, float | bool] = Field(
+        default_factory=dict,
+        description="options of that allocation; uniform: protect_first_last, magnitude: unfused (weights as they were "
+        "before BatchNorm was fused), erk: power",
+    )
     max_layer_sparsity: float = Field(1.0, gt=0.0, le=1.0, description="no layer gets sparser than this")
     ignored_names: tuple[str, ...] = Field((), description="layers left dense, by node name")
     ignored_patterns: tuple[str, ...] = Field((), description="layers left dense, by regular expression")
@@ -75,6 +132,15 @@ class PruningSettings(_Section):
     options: dict[str, float | bool | int | str] = Field(
         default_factory=dict, description="options of the solver"
     )
+    unfused: bool = Field(
+        False, description="magnitude: rank weights by what they were before BatchNorm was fused into them"
+    )
+
+    @model_validator(mode="after")
+    def _magnitude_alone(self) -> PruningSettings:
+        if self.unfused and self.method != "magnitude":
+            raise ValueError("unfused goes with 'method: magnitude'")
+        return self
 
     @field_validator("method")
     @classmethod
@@ -251,11 +317,16 @@ class FinishSettings(_Section):
 class ScheduleSettings(_Section):
     """How the global sparsity rises."""
 
-    kind: Literal["auto", "one_shot", "cubic"] = Field(
-        "auto", description="auto: cubic where max_drop has to be watched, else straight to the target"
+    kind: Literal["auto", "one_shot", "cubic", "bisection"] = Field(
+        "auto",
+        description="auto: bisection where max_drop has to be watched (cubic where iterations build on each other), "
+        "else straight to the target; bisection: the sparsest model within max_drop, up to the target",
     )
     initial: float = Field(0.1, ge=0.0, le=1.0, description="s_i of the cubic schedule")
-    iterations: int = Field(10, ge=1, description="T of the cubic schedule")
+    iterations: int = Field(10, ge=1, description="T of the cubic schedule; most trials of the bisection")
+    resolution: float = Field(
+        0.01, ge=0.001, le=1.0, description="how near to the sparsest model the bisection gets"
+    )
     start: Literal["dense", "previous"] = Field(
         "dense",
         description="what an iteration prunes: the dense weights, or those that the one before ended with (as in the "
@@ -264,6 +335,14 @@ class ScheduleSettings(_Section):
     max_drop: float | None = Field(
         None, ge=0.0, description="largest allowed drop of the metric, in its points"
     )
+
+    @model_validator(mode="after")
+    def _bisection_has_a_limit(self) -> ScheduleSettings:
+        if self.kind == "bisection" and self.max_drop is None:
+            raise ValueError("'kind: bisection' needs max_drop")
+        if self.kind == "bisection" and self.start == "previous":
+            raise ValueError("'kind: bisection' needs 'start: dense'")
+        return self
 
 
 class QuantizationSettings(_Section):
@@ -304,7 +383,15 @@ class Recipe(_Section):
     """All settings of a run."""
 
     sparsity: float = Field(
-        0.5, ge=0.0, le=1.0, description="fraction of zeros over all layers that take part"
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="fraction of zeros over all layers that take part; does not count where there is a budget",
+    )
+    budget: dict[str, float] = Field(
+        default_factory=dict,
+        description="bounds that all hold at once: flops, bops, size and latency, each the fraction of the dense "
+        "model's that may remain; sparsity, the least fraction of zeros",
     )
     seed: int = Field(0, ge=0, description="seed of every draw")
     calibration: Calibration = Calibration()
@@ -315,6 +402,33 @@ class Recipe(_Section):
     finish: FinishSettings = FinishSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     quantization: QuantizationSettings = QuantizationSettings()
+    mixed: MixedSettings = MixedSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_alone(cls, values: Any) -> Any:
+        """A budget of sparsity and nothing else is the sparsity."""
+        if isinstance(values, Mapping):
+            budget = values.get("budget")
+            if isinstance(budget, Mapping) and list(budget) == ["sparsity"]:
+                return {**values, "sparsity": budget["sparsity"], "budget": {}}
+        return values
+
+    @field_validator("budget")
+    @classmethod
+    def _bounds(cls, value: dict[str, float]) -> dict[str, float]:
+        for kind, bound in value.items():
+            _one_of(kind, BUDGETS, "budget")
+            low = "at least" if kind == "sparsity" else "above"
+            if not (0.0 < bound <= 1.0 or (kind == "sparsity" and bound == 0.0)):
+                raise ValueError(f"budget {kind} must be {low} 0 and at most 1, not {bound:g}")
+        return {kind: value[kind] for kind in BUDGETS if kind in value}
+
+    @model_validator(mode="after")
+    def _bisection_starts_over(self) -> Recipe:
+        if self.schedule.kind == "bisection" and self.allocation.rounds == "iterative":
+            raise ValueError("'schedule.kind: bisection' needs 'allocation.rounds: one'")
+        return self
 
     def dump(self) -> str:
         """The recipe as YAML, as written into the run directory."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pot_sparsity.cli import main
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.recipe import known_keys, load_recipe, shipped_recipes, validate_recipe
 
@@ -16,6 +17,12 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def test_every_yaml_in_configs_ships() -> None:
     assert shipped_recipes() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert {"default", "pot"} <= set(shipped_recipes())
+
+
+def test_the_command_line_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optimize", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"one that ships: {', '.join(shipped_recipes())}." in text
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -74,7 +81,8 @@ def test_overrides_are_yaml_and_come_in_order() -> None:
         ("max_drop=1", "unknown recipe key 'max_drop'; did you mean 'schedule.max_drop'?"),
         ("prunning.method=admm", "unknown recipe key 'prunning'; did you mean 'pruning'?"),
         ("sparsity", "--set 'sparsity' must look like key.path=value"),
-        ("sparsity.x=1", "--set 'sparsity.x=1': 'sparsity' is a single value, not a section"),
+        ("pruning.method.x=1", "--set 'pruning.method.x=1': 'method' is a single value, not a section"),
+        ("sparsity.x=1", "recipe key 'sparsity': Input should be a valid number (got {'x': 1})"),
         ("sparsity={", "--set 'sparsity={': the value is not valid YAML"),
         ("sparsity=1.5", "recipe key 'sparsity': Input should be less than or equal to 1 (got 1.5)"),
         ("sparsity=.nan", "recipe key 'sparsity': Input should be less than or equal to 1 (got nan)"),
@@ -95,7 +103,7 @@ def test_unknown_method_names_the_nearest() -> None:
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"cannot read recipe 'nothing': No such file .* one of default, pot"
+        RecipeError, match=r"cannot read recipe 'nothing': No such file .* one of default, .*pot"
     ):
         load_recipe("nothing")
     (tmp_path / "list.yaml").write_text("- 1\n")

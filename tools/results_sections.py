@@ -21,7 +21,8 @@ SPLIT = "dev"
 class Experiment:
     """One run: a network of the zoo, a sparsity, and what differs from the default recipe.
 
-    A ``bare`` one leaves out the dense INT8 model and the latencies.
+    A ``bare`` one leaves out the dense INT8 model and the latencies; one with a ``flops`` budget (a part of the
+    dense network's) has that in place of the sparsity.
     """
 
     entry: str
@@ -30,12 +31,14 @@ class Experiment:
     settings: tuple[str, ...] = ()
     pattern: str | None = None
     bare: bool = False
+    flops: str | None = None
 
     @property
     def name(self) -> str:
         """Unique name, for --only and the cache."""
         given = [part for part in (self.recipe, self.pattern, "bare" if self.bare else None) if part]
-        return "/".join([self.entry, str(self.percent), *given, *self.settings])
+        asked = str(self.percent) if self.flops is None else f"flops={self.flops}"
+        return "/".join([self.entry, asked, *given, *self.settings])
 
     def arguments(self, zoo: Mapping[str, Any]) -> list[str]:
         """Command-line arguments with paths under ``$ZOO``, without the output folder."""
@@ -46,7 +49,11 @@ class Experiment:
             given += ["--validation-labels", f"{ZOO}/{entry['labels']}", "--validation-split", SPLIT]
         given += preprocess_arguments(entry.get("preprocess", {}))
         given += ["--recipe", self.recipe] if self.recipe else []
-        given += ["--sparsity", f"{self.percent / 100:g}"]
+        given += (
+            ["--sparsity", f"{self.percent / 100:g}"]
+            if self.flops is None
+            else ["--budget", f"flops={self.flops}"]
+        )
         given += ["--pattern", self.pattern] if self.pattern else []
         for setting in self.settings:
             given += ["--set", setting]
@@ -163,6 +170,7 @@ _METHODS: tuple[str, ...] = (
     *("exact_obs", "sparsegpt", "l_obs", "wanda_refit", "wanda", "magnitude_refit", "magnitude"),
 )
 _CIFAR = (_RESNET20, "resnet20b_distiller_cifar10", "resnet56_akamaster_cifar10")
+_PARTS = ("0.5", "0.3333", "0.25")
 _NO_FINISH = ("finish.activations=never",)
 _STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -230,7 +238,11 @@ SECTIONS = (
         "Calibrated on 1,024 pictures of the training set without their labels, judged on 5,000 of the test "
         "set.",
         (
-            *(Experiment(entry, percent) for entry in _CIFAR for percent in (50, 60, 70, 80, 90)),
+            *(
+                Experiment(entry, percent, bare=percent != 50)
+                for entry in _CIFAR
+                for percent in (50, 60, 70, 80, 90)
+            ),
             Experiment("resnet8_mlperftiny_cifar10", 50),
         ),
         _run(_network),
@@ -253,6 +265,17 @@ SECTIONS = (
             ),
         ),
         _run(_network),
+    ),
+    Section(
+        "Within a budget of operations",
+        "Two, three and four times fewer floating-point operations in convolutions and matrix products, counted at "
+        "their non-zero weights (`--budget flops=...`), whatever sparsity that takes.",
+        tuple(Experiment(entry, 0, flops=part, bare=True) for entry in _CIFAR for part in _PARTS),
+        (
+            Column("network", lambda experiment: experiment.entry),
+            Column("operations left", lambda experiment: f"{100 * float(experiment.flops or 1):.1f} %"),
+        ),
+        compact=True,
     ),
     Section(
         "Detection",

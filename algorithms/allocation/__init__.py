@@ -33,7 +33,7 @@ def get_allocation(name: str = "l2_normalized_magnitude", **options: float) -> A
         Key of :data:`ALLOCATIONS`.
     **options
         Keyword options of the method: ``max_layer_sparsity`` (all), ``protect_first_last`` (uniform),
-        ``power`` (erk).
+        ``unfused`` (magnitude), ``power`` (erk).
 
     Raises
     ------

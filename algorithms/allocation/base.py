@@ -39,6 +39,9 @@ class LayerWeights:
         Output channels (or features) of all groups together.
     groups
         Number of groups.
+    gain
+        Factor ``[groups, rows]`` per output channel that the weight has taken up from a fused normalization; None
+        where there was none.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LayerWeights:
     in_channels_per_group: int
     out_channels: int
     groups: int
+    gain: Float64 | None = None
 
     @property
     def size(self) -> int:
@@ -113,15 +117,10 @@ def find_limits(layers: Sequence[LayerWeights], sparsity: float, max_layer_spars
     """Check the arguments common to all methods and work out the bounds of each layer."""
     _check_layers(layers)
     zeros = total_zeros(layers, sparsity)
-    if not 0.0 <= max_layer_sparsity <= 1.0:
-        raise ValueError(f"max_layer_sparsity must be between 0 and 1, got {max_layer_sparsity}")
     sizes = np.array([layer.size for layer in layers], dtype=np.int64)
-    existing = sizes - np.array([np.count_nonzero(layer.weight) for layer in layers], dtype=np.int64)
+    existing, upper = zero_bounds(layers, max_layer_sparsity)
     if zeros <= existing.sum():
         return Limits(zeros, sizes, existing, np.zeros_like(sizes), existing)
-    # Rounded up, so that sparsity == max_layer_sparsity stays possible; 1e-9 absorbs 0.1 * 30 > 3.
-    cap = np.array([math.ceil(max_layer_sparsity * int(size) - 1e-9) for size in sizes], dtype=np.int64)
-    upper = np.maximum(cap, existing)
     if upper.sum() < zeros:
         raise ValueError(
             f"sparsity {sparsity} needs {zeros} zeros, but max_layer_sparsity {max_layer_sparsity} allows "
@@ -129,6 +128,17 @@ def find_limits(layers: Sequence[LayerWeights], sparsity: float, max_layer_spars
             "the sparsity"
         )
     return Limits(zeros, sizes, existing, existing, upper)
+
+
+def zero_bounds(layers: Sequence[LayerWeights], max_layer_sparsity: float) -> tuple[Int64, Int64]:
+    """Weights of each layer that are already zero, and the most that may be, each ``[layers]``."""
+    if not 0.0 <= max_layer_sparsity <= 1.0:
+        raise ValueError(f"max_layer_sparsity must be between 0 and 1, got {max_layer_sparsity}")
+    sizes = np.array([layer.size for layer in layers], dtype=np.int64)
+    existing = sizes - np.array([np.count_nonzero(layer.weight) for layer in layers], dtype=np.int64)
+    # Rounded up, so that sparsity == max_layer_sparsity stays possible; 1e-9 absorbs 0.1 * 30 > 3.
+    cap = np.array([math.ceil(max_layer_sparsity * int(size) - 1e-9) for size in sizes], dtype=np.int64)
+    return existing, np.maximum(cap, existing)
 
 
 def share_out(total: int, demand: Float64, lower: Int64, upper: Int64) -> Int64:
@@ -161,6 +171,8 @@ def by_scores(
     sparsity: float,
     max_layer_sparsity: float,
     score: Callable[[Float64], Float64],
+    *,
+    unfused: bool = False,
 ) -> dict[str, int]:
     """One global threshold on scores: each layer loses its weights with scores below it.
 
@@ -172,6 +184,8 @@ def by_scores(
         Maps the magnitudes of a layer's non-zero weights ``[n]`` to their scores ``[n]`` (in any order: only
         the count below the threshold matters). It must grow with the magnitude and may overwrite its
         argument.
+    unfused
+        Give ``score`` the magnitudes that the weights had before a normalization was fused into them.
 
     Notes
     -----
@@ -187,20 +201,28 @@ def by_scores(
         pool = np.empty(int(ends[-1]), dtype=np.float32)
         parts = np.split(pool, ends[:-1])
         for layer, part in zip(layers, parts, strict=True):
-            magnitudes = nonzero_magnitudes(layer)
+            magnitudes = nonzero_magnitudes(layer, unfused=unfused)
             if part.size:
                 part[:] = _lowest(score(magnitudes), part.size)
         counts = existing + _count_lowest(pool, parts, limits.zeros - int(existing.sum()))
     return named(layers, counts)
 
 
-def nonzero_magnitudes(layer: LayerWeights) -> Float64:
-    """Magnitudes of a layer's non-zero weights ``[n]``, a new array; ValueError where one is not finite."""
-    magnitudes = np.abs(layer.weight).ravel()
+def nonzero_magnitudes(layer: LayerWeights, *, unfused: bool = False) -> Float64:
+    """Magnitudes of a layer's non-zero weights ``[n]``, a new array; ValueError where one is not finite.
+
+    ``unfused`` divides them by the gain of their output channel. A channel with a gain of zero holds zeros, whatever
+    it held before; non-zero weights that were put there since count as they are.
+    """
+    magnitudes = np.abs(layer.weight)
     if not np.isfinite(magnitudes.max()):
         raise ValueError(f"layer {layer.name!r} holds weights that are NaN or infinite")
     kept = magnitudes > 0.0
-    return magnitudes if kept.all() else magnitudes[kept]
+    if unfused and layer.gain is not None:
+        gain = np.abs(layer.gain)[:, :, None]
+        with np.errstate(over="ignore"):  # beyond float64's range it ties at its end
+            magnitudes /= np.where(gain > 0.0, gain, 1.0)
+    return magnitudes.ravel() if kept.all() else magnitudes[kept]
 
 
 def named(layers: Sequence[LayerWeights], counts: Int64) -> dict[str, int]:

@@ -23,7 +23,7 @@ from pot_sparsity.algorithms.arrays import Float64
 #: The kind of cost that counts kept weights; the others are named by whoever measures them.
 NONZEROS = "nonzeros"
 Aggregate: TypeAlias = Literal["mean", "worst"]
-Cleaning: TypeAlias = Literal["outliers", "isotonic", "running_max"]
+Cleaning: TypeAlias = Literal["outliers", "isotonic", "running_max", "none"]
 Scale: TypeAlias = Literal["linear", "log"]
 
 
@@ -176,14 +176,17 @@ def clean(distortion: Float64, how: Cleaning) -> tuple[Int64, Float64]:
         goes without a trace; one low point takes all higher ones before it along. ``isotonic`` moves points
         to the closest non-decreasing sequence in least squares of the logarithms, since the noise of a
         distance is proportional to it (of the values, where some are not positive). ``running_max`` lifts
-        points to the highest before them: never optimistic, but one spike lifts all after it.
+        points to the highest before them: never optimistic, but one spike lifts all after it. ``none`` leaves
+        them as they are.
 
     Returns
     -------
     points, distortion
-        Indices of the points that stay ``[kept]``, and their distortions, non-decreasing.
+        Indices of the points that stay ``[kept]``, and their distortions, non-decreasing unless ``none``.
     """
     everything = np.arange(distortion.size, dtype=np.int64)
+    if how == "none":
+        return everything, distortion
     if how == "running_max":
         return everything, np.maximum.accumulate(distortion)
     if how == "isotonic":
@@ -300,12 +303,12 @@ def build_curve(
     costs
         By kind, each ``[levels]``.
     cleaning, scale
-        See :func:`clean` and :func:`interpolate`.
+        See :func:`clean` and :func:`interpolate`. With the cleaning ``none`` lines are straight whatever the scale.
 
     Returns
     -------
     Curve
-        With distortions that do not fall where the error rises.
+        With distortions that do not fall where the error rises, unless nothing was cleaned.
 
     Raises
     ------
@@ -321,7 +324,15 @@ def build_curve(
     order = np.lexsort((distortion, errors[measured]))
     kept, values = clean(np.maximum(distortion[order], 0.0), cleaning)
     known = errors[measured[order][kept]]
+    if cleaning == "none":
+        return Curve(name, size, _as_measured(errors, known, values), costs)
     return Curve(name, size, interpolate(errors, known, values, scale), costs)
+
+
+def _as_measured(wanted: Float64, known: Float64, values: Float64) -> Float64:
+    """Straight lines from the origin through points in ascending order, of equal ones the lowest."""
+    points, first = np.unique(np.append(0.0, known), return_index=True)
+    return np.maximum(_lines(wanted, points, np.append(0.0, values)[first]), 0.0)
 
 
 def _lines(wanted: Float64, known: Float64, values: Float64) -> Float64:

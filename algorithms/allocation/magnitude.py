@@ -9,7 +9,11 @@ from pot_sparsity.algorithms.arrays import Float64
 
 
 def magnitude(
-    layers: Sequence[LayerWeights], sparsity: float, *, max_layer_sparsity: float = 1.0
+    layers: Sequence[LayerWeights],
+    sparsity: float,
+    *,
+    max_layer_sparsity: float = 1.0,
+    unfused: bool = False,
 ) -> dict[str, int]:
     """Remove the weights that are smallest in the whole network.
 
@@ -20,13 +24,16 @@ def magnitude(
     ----------
     layers, sparsity, max_layer_sparsity
         As for :class:`~pot_sparsity.algorithms.allocation.base.Allocation`.
+    unfused
+        Score ``|w| / |gain|``, the magnitudes as they were before a normalization was fused. The weights of a
+        channel whose gain is zero are gone: they count as zeros that exist.
 
     Returns
     -------
     dict
         Number of zeros by layer name.
     """
-    return by_scores(layers, sparsity, max_layer_sparsity, _score)
+    return by_scores(layers, sparsity, max_layer_sparsity, _score, unfused=unfused)
 
 
 def _score(magnitudes: Float64) -> Float64:

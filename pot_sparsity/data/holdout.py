@@ -36,3 +36,12 @@ def split_holdout(dataset: Dataset, fraction: float = 0.1, seed: int = 0) -> tup
     chosen = np.zeros(count, bool)
     chosen[np.random.default_rng(seed).choice(count, size=held, replace=False)] = True
     return dataset.subset(np.flatnonzero(~chosen)), dataset.subset(np.flatnonzero(chosen))
+
+
+def filled(dataset: Dataset, batch: int) -> Dataset:
+    """The dataset itself or, where it has fewer samples than ``batch``, its samples over and over until they fill one.
+
+    For models whose batch is fixed: what is averaged over a full batch then weighs samples almost alike.
+    """
+    count = len(dataset)
+    return dataset if count >= batch else dataset.subset(np.resize(np.arange(count, dtype=np.int64), batch))

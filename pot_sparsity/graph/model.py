@@ -1,7 +1,7 @@
 """The seam between formats and everything else: a model that can be viewed, edited, cut and written.
 
 Each format implements :class:`Model` once. Passes and the pipeline only ever use this interface: constants are
-rewritten in place in a *copy* of the user's object, the three structural edits that exist are listed in
+rewritten in place in a *copy* of the user's object, the few structural edits that exist are listed in
 :attr:`Model.edits`, and whatever is not touched stays as it was.
 """
 
@@ -18,10 +18,11 @@ import onnx
 import openvino as ov
 
 from pot_sparsity.algorithms.arrays import AnyArray
+from pot_sparsity.algorithms.quantization.activations import ActivationGrid
 from pot_sparsity.graph.graph import Graph, TensorInfo
 
 Format = Literal["onnx", "openvino"]
-EditKind = Literal["fuse_batchnorm", "add_bias", "fold_constant"]
+EditKind = Literal["fuse_batchnorm", "add_bias", "fold_constant", "fake_quantize", "integer_weight"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,30 @@ class Model(ABC):
         """Connect a new constant to an input port (folds a chain of operators on a weight); returns its tensor name.
 
         Nodes and constants left without consumers are removed. Records a ``fold_constant`` edit.
+        """
+
+    @abstractmethod
+    def insert_quantizer(self, tensor: str, readers: Sequence[tuple[str, int]], grid: ActivationGrid) -> str:
+        """Let ``readers`` (node, port) see a float32 tensor rounded to a grid; returns the rounded tensor's name.
+
+        Everybody else goes on reading the tensor itself. Records a ``fake_quantize`` edit. Raises
+        :class:`~pot_sparsity.errors.ModelError` where the format has no way to write that.
+        """
+
+    @abstractmethod
+    def store_integers(self, node: str, port: int, integers: AnyArray, scale: AnyArray) -> str:
+        """Let an operator read ``integers * scale`` from int8 storage; returns the constant's tensor name.
+
+        Parameters
+        ----------
+        node, port
+            The operator and its float32 operand, which a constant is behind.
+        integers
+            int8, of the operand's shape.
+        scale
+            float32, broadcasts to that shape; in ONNX at most one axis is longer than 1.
+
+        Nodes and constants left without consumers are removed. Records an ``integer_weight`` edit.
         """
 
     @abstractmethod

@@ -14,8 +14,9 @@ import onnx
 import onnx.inliner
 
 from pot_sparsity.algorithms.arrays import AnyArray, ConvGeometry
+from pot_sparsity.algorithms.quantization.activations import ActivationGrid
 from pot_sparsity.errors import ModelError
-from pot_sparsity.graph import onnx_files
+from pot_sparsity.graph import onnx_files, onnx_quantizers
 from pot_sparsity.graph.graph import Graph, Node, TensorInfo
 from pot_sparsity.graph.model import Edit, EditKind, Format, Model, Runnable
 from pot_sparsity.graph.onnx_cut import cut
@@ -240,6 +241,24 @@ class OnnxModel(Model):
         name = editor.add_constant(f"{inputs[port]}__folded", value)
         editor.set_input(node, port, name)
         self.edits.append(Edit("fold_constant", node, detail))
+        return name
+
+    def insert_quantizer(self, tensor: str, readers: Sequence[tuple[str, int]], grid: ActivationGrid) -> str:
+        """Clip, QuantizeLinear and DequantizeLinear in front of ``readers``; see :meth:`Model.insert_quantizer`."""
+        onnx_quantizers.check_opset(self._proto)
+        if self._infos.get(tensor, TensorInfo(tensor, None, None)).dtype != np.float32:
+            raise ModelError(
+                f"tensor {tensor!r} is not known to be float32: few-bit layers need a float32 model"
+            )
+        result = onnx_quantizers.insert_quantizer(self._editor(), tensor, readers, grid)
+        self.edits.append(Edit("fake_quantize", readers[0][0], f"{tensor} rounded to {grid.levels} levels"))
+        return result
+
+    def store_integers(self, node: str, port: int, integers: AnyArray, scale: AnyArray) -> str:
+        """Int8 weights behind a DequantizeLinear; see :meth:`Model.store_integers`."""
+        onnx_quantizers.check_opset(self._proto)
+        name = onnx_quantizers.store_integers(self._editor(), node, port, integers, scale)
+        self.edits.append(Edit("integer_weight", node, f"weight of {node} stored as int8 with scales"))
         return name
 
     def extract(self, outputs: Sequence[str] | None = None, inputs: Sequence[str] | None = None) -> Runnable:

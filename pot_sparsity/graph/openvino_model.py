@@ -10,8 +10,9 @@ import numpy as np
 import openvino as ov
 
 from pot_sparsity.algorithms.arrays import AnyArray
+from pot_sparsity.algorithms.quantization.activations import ActivationGrid
 from pot_sparsity.errors import ModelError
-from pot_sparsity.graph import ir_files, openvino_edits
+from pot_sparsity.graph import ir_files, openvino_edits, openvino_quantizers
 from pot_sparsity.graph.graph import Graph, Node, TensorInfo
 from pot_sparsity.graph.model import Edit, EditKind, Format, Model, Runnable
 from pot_sparsity.graph.onnx_edits import cast_stored
@@ -242,6 +243,24 @@ class OpenVINOModel(Model):
             openvino_edits.set_operand(view, node, own_port, _as_in(output, stored), constant)
         self._edited("fold_constant", node, detail)
         return f"{constant}:0"
+
+    def insert_quantizer(self, tensor: str, readers: Sequence[tuple[str, int]], grid: ActivationGrid) -> str:
+        """A FakeQuantize in front of ``readers``; see :meth:`Model.insert_quantizer`."""
+        if self._views[0].output(tensor).get_element_type() != ov.Type.f32:
+            raise ModelError(f"tensor {tensor!r} is not float32: few-bit layers need a float32 model")
+        for view in self._views:
+            own = [(node, source_port(view.node(node), port)) for node, port in readers]
+            result = openvino_quantizers.insert_quantizer(view, tensor, own, grid)
+        self._edited("fake_quantize", readers[0][0], f"{tensor} rounded to {grid.levels} levels")
+        return result
+
+    def store_integers(self, node: str, port: int, integers: AnyArray, scale: AnyArray) -> str:
+        """Int8 weights behind Convert and Multiply; see :meth:`Model.store_integers`."""
+        for view in self._views:
+            own_port = source_port(view.node(node), port)
+            result = openvino_quantizers.store_integers(view, node, own_port, integers, scale)
+        self._edited("integer_weight", node, f"weight of {node} stored as int8 with scales")
+        return result
 
     def _edited(self, kind: EditKind, node: str, detail: str) -> None:
         self.edits.append(Edit(kind, node, detail))

@@ -50,7 +50,8 @@ class NotFused:
 class _Fusion:
     """One planned fusion: new values for a layer and the nodes that then have nothing left to do.
 
-    ``norm`` is what the layer absorbs, where that is a BatchNormalization.
+    ``factor`` ``[groups, rows]`` is what the weight is multiplied by, ``norm`` what the layer absorbs, where that is
+    a BatchNormalization.
     """
 
     layer: Layer
@@ -59,6 +60,7 @@ class _Fusion:
     bias: Float64 | None
     removed: tuple[str, ...]
     norm: FusedBatchNorm | None = None
+    factor: Float64 | None = None
 
 
 class _CannotFuseError(Exception):
@@ -116,7 +118,11 @@ def _folded(graph: Graph, tensor: str, keep_compressed: bool) -> AnyArray | None
     return evaluate(graph, chain).astype(dtype)
 
 
-def fuse_batchnorm(model: Model, absorbed: dict[str, FusedBatchNorm] | None = None) -> list[NotFused]:
+def fuse_batchnorm(
+    model: Model,
+    absorbed: dict[str, FusedBatchNorm] | None = None,
+    gains: dict[str, Float64] | None = None,
+) -> list[NotFused]:
     """Fuse batch normalization into the layer before it; returns what had to be kept.
 
     Handles BatchNormalization and its decomposed form, a Multiply (or Divide) by a constant per channel with
@@ -130,8 +136,12 @@ def fuse_batchnorm(model: Model, absorbed: dict[str, FusedBatchNorm] | None = No
         Edited in place.
     absorbed
         Filled with the BatchNormalization that ends each layer's output now, by the layer's name.
+    gains
+        Filled with the factors ``[groups, rows]`` that the weights were multiplied by, all fusions of a layer
+        together, by the layer's name.
     """
     norms: dict[str, FusedBatchNorm] = {} if absorbed is None else absorbed
+    factors: dict[str, Float64] = {} if gains is None else gains
     while True:
         plans, refused = _plan(model)
         if not plans:
@@ -140,6 +150,8 @@ def fuse_batchnorm(model: Model, absorbed: dict[str, FusedBatchNorm] | None = No
             norms.pop(plan.layer.name, None)  # what scales a normalized output anew is not a normalization
             if plan.norm is not None:
                 norms[plan.layer.name] = plan.norm
+            if plan.factor is not None:
+                factors[plan.layer.name] = factors.get(plan.layer.name, 1.0) * plan.factor
             if plan.weight is not None:
                 write_weight(model, plan.layer, plan.weight)
             if plan.bias is not None and plan.place.bias is not None:
@@ -281,13 +293,13 @@ def _fuse_normalization(model: Model, graph: Graph, node: Node, layer: Layer, pl
     if not np.all(spread > 0):
         raise _CannotFuseError("its variance + epsilon is not positive")
     size = (layer.groups, layer.rows)
-    factor = gamma / np.sqrt(spread)
+    factor = (gamma / np.sqrt(spread)).reshape(size)
     bias = _current_bias(model, graph, layer, place)
     old = np.zeros(size) if bias is None else bias
-    new = (old - mean.reshape(size)) * factor.reshape(size) + beta.reshape(size)
-    plan = _Fusion(layer, place, _scaled(model, layer, factor.reshape(size)), new, (node.name,))
+    new = (old - mean.reshape(size)) * factor + beta.reshape(size)
+    plan = _Fusion(layer, place, _scaled(model, layer, factor), new, (node.name,))
     norm = FusedBatchNorm(gamma, beta, variance, cast("float", node.attrs["epsilon"]))
-    return replace(_checked(model, plan), norm=norm)
+    return replace(_checked(model, plan), norm=norm, factor=factor)
 
 
 def _decomposed(graph: Graph, node: Node, places: Mapping[str, tuple[Layer, Place]]) -> bool:
@@ -353,13 +365,14 @@ def _fuse_decomposed(model: Model, graph: Graph, node: Node, layer: Layer, place
     factor = 1.0 / factor if node.op == "Divide" else factor
     bias = _current_bias(model, graph, layer, place)
     weight = None if np.all(factor == 1) else _scaled(model, layer, factor)
+    plan = _Fusion(layer, place, weight, None, (node.name,), factor=None if weight is None else factor)
     if bias is None:  # an Add that follows becomes the layer's bias as it stands
-        return _checked(model, _Fusion(layer, place, weight, None, (node.name,)))
+        return _checked(model, plan)
     offset = _offset_after(graph, node, layer, place)
     if offset is None:
-        return _checked(model, _Fusion(layer, place, weight, bias * factor, (node.name,)))
+        return _checked(model, replace(plan, bias=bias * factor))
     after, shift = offset
-    return _checked(model, _Fusion(layer, place, weight, bias * factor + shift, (node.name, after.name)))
+    return _checked(model, replace(plan, bias=bias * factor + shift, removed=(node.name, after.name)))
 
 
 def _scaled(model: Model, layer: Layer, factor: Float64) -> Float64:

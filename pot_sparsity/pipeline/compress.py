@@ -8,7 +8,7 @@ from functools import partial
 
 from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.arrays import Moments
-from pot_sparsity.data.dataset import Dataset
+from pot_sparsity.data import Dataset, filled
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.normalization import find_normalizations
@@ -22,11 +22,14 @@ from pot_sparsity.pipeline.correction import (
     check_dense,
     correct_pruned,
 )
+from pot_sparsity.pipeline.costs import Costs
+from pot_sparsity.pipeline.database import Database
 from pot_sparsity.pipeline.evaluate import Evaluator
 from pot_sparsity.pipeline.finish import Finish
 from pot_sparsity.pipeline.prepare import Prepared
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.recorder import Recorder
+from pot_sparsity.pipeline.refine import Trials, refined_curves, spread
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.sequential import Walker, walk
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, prune_layers
@@ -51,6 +54,9 @@ class Surroundings:
     progress: Progress
     judge: Evaluator
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    database: Database = field(default_factory=Database)
+    costs: Costs | None = None
+    given: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,76 @@ class Compressed:
 
 
 def compress(
-    around: Surroundings, sparsity: float, key: str, previous: Mapping[str, Solution] | None = None
+    around: Surroundings,
+    sparsity: float,
+    key: str,
+    previous: Mapping[str, Solution] | None = None,
+    *,
+    budget: Mapping[str, float] | None = None,
 ) -> Compressed:
-    """Prune to ``sparsity``, then reconstruct and correct in sequence where that helps.
+    """Prune to ``sparsity``, or within a budget, then reconstruct and correct in sequence where that helps.
 
     What is pruned are the dense weights, or those of ``previous``; the targets are the dense model's in any case.
     """
+    best, guard = _once(around, sparsity, key, previous, budget)
+    if previous is None and _refines(around, guard):
+        with around.recorder.stage("curves"):
+            curves = _refined(around, best, f"{key}/refined curves")
+        again = _once(replace(around, curves=curves), sparsity, f"{key}/refined", None, budget)[0]
+        if guard.keeps("zeros allocated again by what layers do in the sparse model", again.model):
+            best = again
+    return _finished(around, best, guard, f"{key}/finish")
+
+
+def _refines(around: Surroundings, guard: Guard) -> bool:
+    """Whether the allocation is to be corrected: curves of the network's output are at hand, and it has moved."""
+    settings = around.recipe.allocation
+    if not around.curves or around.given or settings.objective == "layer" or settings.inputs == "noise":
+        return False
+    return settings.refine == "helps" and guard.reached >= settings.refine_from
+
+
+def _refined(around: Surroundings, best: Compressed, key: str) -> dict[str, Curve]:
+    """Curves corrected in the sparse model, or what the run folder holds of them."""
+    stored = around.folder.load(key)
+    if stored is None:
+        most = around.recipe.allocation.samples
+        refined = refined_curves(
+            Trials(
+                around.prepared.model,
+                around.dense,
+                around.moments,
+                around.held_moments,
+                around.engine,
+                around.recipe,
+            ),
+            best.model,
+            best.solutions,
+            around.curves,
+            spread(around.fit, most),
+            None if around.held_out is None else filled(around.held_out, best.model.batch_size or 1),
+        )
+        around.folder.store(key, {name: curve.distortion for name, curve in refined.items()})
+        return refined
+    return {name: replace(curve, distortion=stored[name]) for name, curve in around.curves.items()}
+
+
+def _once(
+    around: Surroundings,
+    sparsity: float,
+    key: str,
+    previous: Mapping[str, Solution] | None,
+    budget: Mapping[str, float] | None,
+) -> tuple[Compressed, Guard]:
+    """Allocate, prune and repair, but for the finish."""
     recipe, recorder = around.recipe, around.recorder
     start = around.dense
     if previous is not None:
         start = [replace(item, weight=previous[item.layer.name].weight) for item in start]
     with recorder.stage("allocation"):
-        zeros = allocate(start, recipe, sparsity, around.curves)
+        zeros = around.given or allocate(
+            start, recipe, sparsity, around.curves, costs=around.costs, budget=budget
+        )
     with recorder.stage("pruning"):
         solutions = prune_layers(
             start,
@@ -86,7 +150,35 @@ def compress(
             folder=around.folder,
             key=f"{key}/prune",
             progress=around.progress,
+            prune=around.database.solve,
         )
+    return _repaired(around, solutions, zeros, key)
+
+
+def repair(
+    around: Surroundings, solutions: Mapping[str, Solution], zeros: Mapping[str, int], key: str
+) -> Compressed:
+    """What follows on the stage ``pruning``: corrections of each layer, a walk through the network where the recipe
+    wants one, and the last steps; whatever helps is kept.
+
+    Parameters
+    ----------
+    solutions
+        Pruned layers, with the biases of the dense model.
+    zeros
+        What each layer was asked for.
+    key
+        Distinguishes the run's walks in its folder.
+    """
+    best, guard = _repaired(around, solutions, zeros, key)
+    return _finished(around, best, guard, f"{key}/finish")
+
+
+def _repaired(
+    around: Surroundings, solutions: Mapping[str, Solution], zeros: Mapping[str, int], key: str
+) -> tuple[Compressed, Guard]:
+    """The best model before the last steps, and the guard that judged it."""
+    recipe, recorder = around.recipe, around.recorder
     model, solutions, guard = correct_pruned(
         around.dense,
         solutions,
@@ -97,10 +189,10 @@ def compress(
         recorder,
     )
     recorder.measured("pruning", around.judge.dense.metrics, guard.metrics)
-    best = Compressed(model, solutions, zeros)
+    best = Compressed(model, solutions, dict(zeros))
     tried = attempts(recipe, around.prepared.batch_norms, find_normalizations(model.graph))
     if not tried:
-        return _finished(around, best, guard)
+        return best, guard
     walkers = [
         Walker(f"{key}/{attempt.what}", model.copy(), attempt.steps, dict(solutions), []) for attempt in tried
     ]
@@ -122,14 +214,14 @@ def compress(
         note.before = guard.metrics
         for attempt, walker in zip(tried, walkers, strict=True):
             if guard.keeps(attempt.what, walker.model, always=attempt.always):
-                best = Compressed(walker.model, walker.solutions, zeros)
+                best = replace(best, model=walker.model, solutions=walker.solutions)
         for walker in control:
             check_dense(walker.model, around.judge, recorder)
         note.after = guard.metrics
-    return _finished(around, best, guard)
+    return best, guard
 
 
-def _finished(around: Surroundings, best: Compressed, guard: Guard) -> Compressed:
+def _finished(around: Surroundings, best: Compressed, guard: Guard, key: str) -> Compressed:
     """The last steps, on the model as a whole."""
     settings = around.recipe.finish
     steps = {settings.activations, settings.rescaling} - {"never"}
@@ -145,6 +237,8 @@ def _finished(around: Surroundings, best: Compressed, guard: Guard) -> Compresse
         around.recorder,
         around.progress,
         around.threads,
+        around.folder,
+        key,
     )
     with around.recorder.stage("finish") as note:
         note.before = guard.metrics

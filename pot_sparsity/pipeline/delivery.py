@@ -17,10 +17,12 @@ from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.weights import count_zeros
+from pot_sparsity.pipeline.candidates import Candidates, InOrder
 from pot_sparsity.pipeline.compress import Compressed
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator, measure_latency
 from pot_sparsity.pipeline.int8 import Placing, quantize_best
 from pot_sparsity.pipeline.job import Job
+from pot_sparsity.pipeline.mixed import with_integers
 from pot_sparsity.pipeline.prepare import Prepared, output_difference
 from pot_sparsity.pipeline.reporting import Outcome, build_report, variant
 from pot_sparsity.pipeline.runfolder import write_text, writing
@@ -91,26 +93,34 @@ class Delivery:
         iterations: list[Iteration],
         accepted: list[tuple[Compressed, Evaluation]],
     ) -> Result:
-        """Quantize the sparsest accepted iteration that respects the limit in INT8 too, write and report."""
-        offset = sum(1 for item in iterations if item.accepted) - len(accepted)
-        drops = [item.drop for item in iterations if item.drop is not None and not item.accepted]
-        for position in range(len(accepted) - 1, -1, -1):
-            compressed, found = accepted[position]
-            final, final_found = self._quantized(compressed.model, found)
+        """Deliver the last accepted iteration that respects the limit in INT8 too."""
+        return self.finish_best(InOrder(iterations, accepted))
+
+    def finish_best(self, candidates: Candidates) -> Result:
+        """Quantize the sparsest candidate that respects the limit in INT8 too, write and report."""
+        drops = []
+        while (candidate := candidates.best()) is not None:
+            compressed, found = candidate.compressed, candidate.found
+            final, final_found = self._quantized(compressed, found)
             drop = self.job.drop(self.evaluator.dense, final_found)
-            if self.job.accepts(drop):
-                return self._deliver(iterations, position + offset, compressed, found, final, final_found)
-            drops += [] if drop is None else [drop]
+            if drop is None or self.job.accepts(drop):
+                return self._deliver(
+                    candidates.iterations, candidate.index, compressed, found, final, final_found
+                )
+            drops.append(drop)
+            candidates.refuse(candidate, drop)
             self.job.recorder.decide(
                 Decision(
-                    what=f"iteration {position + offset}",
+                    what=f"iteration {candidate.index}",
                     kept=False,
                     before=self.job.recipe.schedule.max_drop,
                     after=drop,
                     measure=f"drop of {self.job.watched} after INT8",
-                    reason="INT8 on top drops too far: an earlier iteration is tried",
+                    reason="INT8 on top drops too far: a less sparse iteration is tried",
                 )
             )
+        iterations = candidates.iterations
+        drops += [item.drop for item in iterations if item.drop is not None and not item.accepted]
         edits = tuple(self.prepared.model.edits)
         outcome = Outcome(
             self.prepared, self.evaluator, iterations, None, None, [], (), self.job.watched, edits
@@ -124,8 +134,13 @@ class Delivery:
             "no model was written"
         )
 
-    def _quantized(self, sparse: Model, found: Evaluation) -> tuple[Model, Evaluation]:
+    def _quantized(self, compressed: Compressed, found: Evaluation) -> tuple[Model, Evaluation]:
+        sparse = compressed.model
         source = convert_to_openvino(sparse) if self.job.options.to_openvino else sparse
+        if self.job.recipe.mixed.enabled:
+            with self.job.recorder.stage("integer weights"):
+                final = with_integers(source, compressed.solutions)
+                return final, self.evaluator(final, exact=False)
         if not self.job.recipe.quantization.enabled:
             return source, found
         with self.job.recorder.stage("quantization") as note:
@@ -168,14 +183,15 @@ class Delivery:
         final: Model,
         final_found: Evaluation,
     ) -> Result:
-        int8 = self.job.recipe.quantization.enabled
+        mixed = self.job.recipe.mixed.enabled
+        int8 = self.job.recipe.quantization.enabled and not mixed
         sparse = convert_to_openvino(compressed.model) if self.job.options.to_openvino else compressed.model
         models: list[tuple[str, Model, Evaluation]] = [("dense", self.job.original, self.evaluator.dense)]
-        if int8 and self.job.options.baseline_int8:
+        if self.job.recipe.quantization.enabled and self.job.options.baseline_int8:
             with self.job.recorder.stage("dense INT8 baseline"):
                 baseline = self._int8(self.prepared.model, "dense INT8")
                 models.append(("dense_int8", baseline, self.evaluator(baseline, exact=False)))
-        models.append(("sparse", sparse, found))
+        models.append(("mixed", final, final_found) if mixed else ("sparse", sparse, found))
         if int8:
             models.append(("sparse_int8", final, final_found))
         latencies: list[float | None] = [None] * len(models)
@@ -255,6 +271,7 @@ class Delivery:
             labels=self.job.validation.has_labels,
             recorder=self.job.recorder,
             folder=self.job.folder.path,
+            costs=self.job.costs,
         )
 
     def _write_reports(self, report: Report) -> None:

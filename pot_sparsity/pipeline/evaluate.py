@@ -14,7 +14,7 @@ from pot_sparsity.engines.base import Engine, Executable
 from pot_sparsity.errors import DataError
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import Comparison, get_metric
-from pot_sparsity.pipeline.progress import Progress, track
+from pot_sparsity.pipeline.progress import Progress, Silent, track
 from pot_sparsity.pipeline.spool import Spool
 
 
@@ -67,22 +67,23 @@ class Evaluator:
         self._names = [dense.outputs[i].name for i in self._positions]
         self.dense = self._run(dense, exact=True, keep=True)
 
-    def __call__(self, model: Model, *, exact: bool = True) -> Evaluation:
-        """Metrics of ``model``; ``exact`` runs in float32 whatever the machine offers."""
-        return self._run(model, exact=exact, keep=False)
+    def __call__(self, model: Model, *, exact: bool = True, quiet: bool = False) -> Evaluation:
+        """Metrics of ``model``; ``exact`` runs in float32 whatever the machine offers, ``quiet`` shows no progress."""
+        return self._run(model, exact=exact, keep=False, quiet=quiet)
 
     def close(self) -> None:
         """Free the reference outputs."""
         self._reference.close()
 
-    def _run(self, model: Model, *, exact: bool, keep: bool) -> Evaluation:
+    def _run(self, model: Model, *, exact: bool, keep: bool, quiet: bool = False) -> Evaluation:
         executable = self._engine.compile(model.extract(), exact=exact)
         outputs = [executable.outputs[i] for i in self._positions]
         metrics = [get_metric(name) for name in self._labels]
         comparisons = [Comparison(name) for name in self._names]
         batches = self.dataset.batches(self._batch)
         total = -(-self.size // self._batch)
-        for position, batch in enumerate(track(batches, self._progress, self._what, total)):
+        progress = Silent() if quiet else self._progress
+        for position, batch in enumerate(track(batches, progress, self._what, total)):
             arrays = executable.run(feeds(model, executable, batch))
             found = [arrays[name] for name in outputs]
             if keep:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
@@ -18,7 +18,8 @@ from pot_sparsity.pipeline.rescale import (
     rescaled,
     tunables,
 )
-from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply
+from pot_sparsity.pipeline.runfolder import RunFolder
+from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, pack, unpack
 from pot_sparsity.recipe import Recipe
 
 #: Dampings and lengths of a Gauss-Newton step that the held-out samples choose from.
@@ -41,6 +42,8 @@ class Finish:
         Samples to fit to.
     judge
         Measures models on the held-out samples.
+    folder, key
+        Where the candidates of each step are kept for a run that is resumed, and under which name.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Finish:
         recorder: Recorder,
         progress: Progress,
         threads: int,
+        folder: RunFolder,
+        key: str,
     ) -> None:
         self._dense_model = dense_model
         self._dense = dense
@@ -64,6 +69,8 @@ class Finish:
         self._recorder = recorder
         self._progress = progress
         self._threads = threads
+        self._folder = folder
+        self._key = key
 
     def __call__(
         self, model: Model, solutions: dict[str, Solution], guard: Guard
@@ -80,6 +87,24 @@ class Finish:
         self, model: Model, solutions: dict[str, Solution], guard: Guard
     ) -> tuple[Model, dict[str, Solution]]:
         settings = self._recipe.finish
+        forced = settings.activations == "always"
+        for index, candidate in enumerate(self._fitted(model, solutions)):
+            what = f"refit behind the activations, slack {candidate.slack:g}"
+            if guard.keeps(what, candidate.model, always=forced and index == 0):
+                model, solutions = candidate.model, candidate.solutions
+        return model, solutions
+
+    def _fitted(self, model: Model, solutions: dict[str, Solution]) -> list[Candidate]:
+        """Candidates that were fitted behind their activations, from the run folder if it has them all."""
+        settings = self._recipe.finish
+        names = [f"slack-{index}" for index in range(len(settings.slack))]
+        stored = [self._load(name) for name in names]
+        kept = [found for found in stored if found is not None]
+        if len(kept) == len(names):
+            return [
+                Candidate(slack, self._written(model, found), found)
+                for slack, found in zip(settings.slack, kept, strict=True)
+            ]
         candidates = [Candidate(slack, model.copy(), dict(solutions)) for slack in settings.slack]
         fit_behind(
             self._dense_model,
@@ -93,12 +118,9 @@ class Finish:
             seed=self._recipe.seed,
             progress=self._progress,
         )
-        forced = settings.activations == "always"
-        for index, candidate in enumerate(candidates):
-            what = f"refit behind the activations, slack {candidate.slack:g}"
-            if guard.keeps(what, candidate.model, always=forced and index == 0):
-                model, solutions = candidate.model, candidate.solutions
-        return model, solutions
+        for name, candidate in zip(names, candidates, strict=True):
+            self._store(name, candidate.solutions)
+        return candidates
 
     def _rescaling(
         self, model: Model, solutions: dict[str, Solution], guard: Guard
@@ -119,24 +141,39 @@ class Finish:
             self._recorder.warn(f"{NOT_RESCALED}: no output runs over the samples along its first axis")
             return model, solutions
         for sweep in range(settings.sweeps):
-            self._progress.start("Measuring scales and biases", len(found))
-            equations, units = measurement.equations(model, found, self._progress)
-            self._progress.finish()
-            best: tuple[float, Model, dict[str, Solution]] | None = None
-            for ridge in RIDGES:
-                step = equations.step(ridge)
-                for length in LENGTHS:
-                    trial = rescaled(solutions, found, length * step, units)
-                    written = self._written(model, trial)
-                    value = distance(self._judge(written).metrics)[1]
-                    if best is None or value < best[0]:
-                        best = value, written, trial
-            assert best is not None
+            name = f"sweep-{sweep}"
+            best = self._load(name)
+            if best is None:
+                best = self._best_step(model, solutions, found, measurement)
+                self._store(name, best)
+            written = self._written(model, best)
             what = f"scales and biases against the network's output, sweep {sweep + 1}"
-            if not guard.keeps(what, best[1], always=settings.rescaling == "always"):
+            if not guard.keeps(what, written, always=settings.rescaling == "always"):
                 break
-            _, model, solutions = best
+            model, solutions = written, best
         return model, solutions
+
+    def _best_step(
+        self,
+        model: Model,
+        solutions: dict[str, Solution],
+        found: Sequence[Tunable],
+        measurement: Measurement,
+    ) -> dict[str, Solution]:
+        """What one Gauss-Newton step makes of the model, damped and cut short as the held-out samples like it best."""
+        self._progress.start("Measuring scales and biases", len(found))
+        equations, units = measurement.equations(model, found, self._progress)
+        self._progress.finish()
+        best: tuple[float, dict[str, Solution]] | None = None
+        for ridge in RIDGES:
+            step = equations.step(ridge)
+            for length in LENGTHS:
+                trial = rescaled(solutions, found, length * step, units)
+                value = distance(self._judge(self._written(model, trial)).metrics)[1]
+                if best is None or value < best[0]:
+                    best = value, trial
+        assert best is not None
+        return best[1]
 
     def _tunables(self) -> list[Tunable]:
         """Layers whose scales and biases are tuned; with a warning if there are none."""
@@ -156,3 +193,19 @@ class Finish:
         for item in self._dense:
             apply(result, item.layer, solutions[item.layer.name])
         return result
+
+    def _store(self, name: str, solutions: Mapping[str, Solution]) -> None:
+        """Keep a step's result, layer by layer."""
+        for layer, solution in solutions.items():
+            self._folder.store(f"{self._key}/{name}/{layer}", pack(solution))
+
+    def _load(self, name: str) -> dict[str, Solution] | None:
+        """A step's result from the run folder; None where it is not complete."""
+        found: dict[str, Solution] = {}
+        for item in self._dense:
+            layer = item.layer.name
+            stored = self._folder.load(f"{self._key}/{name}/{layer}")
+            if stored is None:
+                return None
+            found[layer] = unpack(stored, len(item.biases))
+        return found

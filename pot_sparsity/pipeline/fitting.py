@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -60,6 +61,22 @@ class Gathered:
     held_out: CrossMoments | None
     pool: TuningPool | None = None
     moved: bool = False
+
+
+class LayerFit(Protocol):
+    """What finds the new weight and bias of one layer on a walk: :func:`fit_layer`, or something in its place."""
+
+    def __call__(
+        self,
+        item: DenseLayer,
+        start: Solution,
+        dense_moments: Moments,
+        gathered: Gathered,
+        recipe: Recipe,
+        steps: Steps,
+    ) -> tuple[Solution, LayerDecision]:
+        """Parameters are those of :func:`fit_layer`."""
+        ...
 
 
 def fit_layer(
@@ -123,8 +140,10 @@ def _reconstruct(
     item: DenseLayer, start: Solution, gathered: Gathered, recipe: Recipe
 ) -> tuple[Float64, float, LayerDecision]:
     fit = gathered.fit
-    target = sparse_target(item.weight, fit, gathered.held_out, ridge=max(RIDGE, start.shrinkage))
-    second = shrunk(fit.inputs.centred, start.shrinkage)
+    target = sparse_target(
+        item.weight, fit, gathered.held_out, ridge=max(RIDGE, start.shrinkage), prior=item.prior
+    )
+    second = shrunk(fit.inputs.centred, start.shrinkage, item.prior)
     if recipe.reconstruction.masks == "solved":
         zeros = int(np.count_nonzero(start.weight == 0.0))
         result = run_solver(recipe, solver_options(recipe), item.layer, target.weight, second, zeros)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import nncf
@@ -12,16 +13,19 @@ from pot_sparsity.engines import get_engine
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import METRICS
+from pot_sparsity.pipeline.costs import Costs
+from pot_sparsity.pipeline.database import Database
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.progress import Progress, Silent
 from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.runfolder import RunFolder
+from pot_sparsity.pipeline.timings import Timings
 from pot_sparsity.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller decides beside the recipe."""
+    """What the caller decides beside the recipe; ``given`` are zeros by layer, in place of an allocation."""
 
     metric: str
     ignored_scope: nncf.IgnoredScope | None
@@ -30,6 +34,9 @@ class Options:
     threads: int
     baseline_int8: bool
     measure_latency: bool
+    database: Database = field(default_factory=Database)
+    given: Mapping[str, int] | None = None
+    timings: Timings | None = None
 
 
 class Job:
@@ -47,6 +54,8 @@ class Job:
         What the report's metrics are measured on.
     watched
         The metric whose drop is limited.
+    costs
+        What budgets count in, once the layers are known.
     """
 
     def __init__(
@@ -68,6 +77,7 @@ class Job:
         self.engine: Engine = get_engine(engine, threads=options.threads)
         self.progress = progress
         self.recorder = Recorder()
+        self.costs: Costs | None = None
         fit, held_out = split_holdout(samples, recipe.calibration.holdout, recipe.seed)
         self.held_out = held_out if recipe.calibration.holdout > 0 and len(samples) > 1 else None
         self.fit: Dataset = fit if self.held_out is not None else samples

@@ -12,17 +12,19 @@ import nncf
 import onnx
 import openvino as ov
 
-from pot_sparsity.data import DataSource, Preprocess, load_dataset, load_preprocess
-from pot_sparsity.errors import UserError
-from pot_sparsity.graph.load import load_model
+from pot_sparsity.data import DataSource, Preprocess
+from pot_sparsity.errors import AccuracyGateError
 from pot_sparsity.metrics import get_metric
+from pot_sparsity.pipeline.database import Database
 from pot_sparsity.pipeline.delivery import Result
-from pot_sparsity.pipeline.job import Job, Options
-from pot_sparsity.pipeline.progress import Progress, Silent
-from pot_sparsity.pipeline.reporting import input_specs
+from pot_sparsity.pipeline.intake import Sources, check_folders, load_job
+from pot_sparsity.pipeline.job import Options
+from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.run import Run
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.solve import solver_options
+from pot_sparsity.pipeline.sweep_points import choose
+from pot_sparsity.pipeline.timings import given_timings
 from pot_sparsity.recipe import Recipe, load_recipe
 
 __all__ = ["Result", "optimize"]
@@ -45,10 +47,14 @@ def optimize(
     output_format: Literal["same", "openvino"] = "same",
     resume: bool = False,
     force: bool = False,
+    database: str | Path | None = None,
+    timings: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     baseline_int8: bool = True,
     measure_latency: bool = True,
+    from_sweep: str | Path | None = None,
+    point: str | int | Mapping[str, float] | None = None,
 ) -> Result:
     """Make a model sparse and INT8 without training, and report what it cost.
 
@@ -81,6 +87,12 @@ def optimize(
         ``openvino`` writes IR whatever came in.
     resume, force
         Go on with the run in ``output``, or replace it.
+    database
+        Folder where solutions of layers are kept across runs and read where nothing that they depend on differs
+        (made if absent); the result is the same with and without it.
+    timings
+        JSON or YAML file with the seconds of each layer at several densities, which a budget of latency counts in;
+        without it they are measured here.
     threads
         Threads for inference and solvers; all processors by default. Results do not depend on it.
     progress
@@ -89,6 +101,12 @@ def optimize(
         Also quantize the dense model, so that the report shows which of the two steps cost accuracy.
     measure_latency
         Also measure the latency of every variant.
+    from_sweep, point
+        Write a point of this sweep at once (see :func:`~pot_sparsity.pipeline.sweep.sweep`): allocation, zeros and
+        solutions of its layers as the sweep found them, then the recipe's corrections, INT8, validation and report.
+        ``point`` is its name, its number in the sweep's table, or what it must fulfil, such as ``{"max_drop": 1.0}``.
+        ``recipe`` then stands for changes of the sweep's: ``{"reconstruction": {"input": "sparse"}, "finish":
+        {"activations": "helps"}}`` gives these zeros the full run.
 
     Returns
     -------
@@ -101,7 +119,13 @@ def optimize(
     AccuracyGateError
         No iteration respects ``schedule.max_drop``; the report is written, no model is.
     """
-    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = None if from_sweep is None else choose(from_sweep, point)
+    if chosen is None:
+        settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    else:
+        settings = chosen.settings(recipe, point)
+        keep_structure = keep_structure or chosen.sweep.keep_structure
+        database = database or chosen.database
     solver_options(settings)
     get_metric(metric)
     options = Options(
@@ -112,29 +136,23 @@ def optimize(
         threads or os.cpu_count() or 1,
         baseline_int8,
         measure_latency,
+        Database(None if database is None else Path(database)),
+        None if chosen is None else chosen.zeros,
+        timings=given_timings(timings, settings),
     )
+    check_folders(output, database)
     folder = RunFolder(None if output is None else Path(output), resume=resume, force=force)
-    original = load_model(model)
-    if engine == "onnxruntime" and (options.to_openvino or original.format == "openvino"):
-        raise UserError(
-            "--engine onnxruntime runs ONNX models only: use --engine openvino to read or write IR"
-        )
-    images = load_preprocess(preprocess)
-    inputs = input_specs(original)
-    samples = load_dataset(
-        calibration, inputs, images, samples=settings.calibration.samples, seed=settings.seed
-    )
-    judged = (
-        None
-        if validation is None
-        else load_dataset(
-            validation,
-            inputs,
-            images,
-            labels=None if validation_labels is None else Path(validation_labels),
-            split=validation_split,
-        )
-    )
-    job = Job(settings, options, folder, original, samples, judged, engine, progress or Silent())
+    sources = Sources(model, calibration, validation, validation_labels, validation_split, preprocess, engine)
+    job = load_job(sources, settings, options, folder, progress)
+    if chosen is not None:
+        chosen.check(job)
     with folder.logging(), ExitStack() as stack:
-        return Run(job, stack).execute()
+        if chosen is None:
+            return Run(job, stack).execute()
+        job.recorder.decide(chosen.decision)
+        try:
+            return Run(job, stack).execute()
+        except AccuracyGateError as error:
+            raise AccuracyGateError(
+                f"point {chosen.point.id} of the sweep: {error}; or name a less sparse point with --point"
+            ) from error

@@ -11,7 +11,7 @@ import nncf
 import numpy as np
 
 from pot_sparsity.algorithms.allocation import LayerWeights
-from pot_sparsity.algorithms.arrays import ConvGeometry
+from pot_sparsity.algorithms.arrays import ConvGeometry, Float64, Pattern
 from pot_sparsity.algorithms.correction import FusedBatchNorm
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
@@ -26,6 +26,8 @@ from pot_sparsity.recipe import Recipe
 
 #: Largest relative L2 difference between the outputs before and after fusing.
 EQUIVALENCE = 1e-4
+#: A sparsity this near to that of an n:m pattern was meant to be it (0.667 for 1:3).
+ROUNDED = 1e-3
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Prepared:
         Relative L2 difference of the outputs before and after the structural edits.
     batch_norms
         The BatchNormalization that layers have absorbed, by layer name.
+    gains
+        Factors ``[groups, rows]`` that fusing has multiplied weights by, by layer name.
     """
 
     model: Model
@@ -61,6 +65,7 @@ class Prepared:
     difference: float = 0.0
     warnings: tuple[str, ...] = field(default=())
     batch_norms: Mapping[str, FusedBatchNorm] = field(default_factory=dict)
+    gains: Mapping[str, Float64] = field(default_factory=dict)
 
 
 def prepare(
@@ -82,9 +87,10 @@ def prepare(
         An ignored name that no layer has, or a regular expression that is none.
     """
     model = original.copy()
-    warnings: list[str] = []
+    warnings = _without_effect(recipe)
     not_fused: tuple[NotFused, ...] = ()
     batch_norms: dict[str, FusedBatchNorm] = {}
+    gains: dict[str, Float64] = {}
     difference = 0.0
     if keep_structure:
         if any(node.op == "BatchNormalization" for node in model.graph):
@@ -92,7 +98,7 @@ def prepare(
                 "--keep-structure leaves BatchNorm unfused: allocation by weight magnitude and INT8 both lose accuracy"
             )
     else:
-        not_fused = tuple(fuse_batchnorm(model, batch_norms))
+        not_fused = tuple(fuse_batchnorm(model, batch_norms, gains))
         if model.edits:
             difference = output_difference(original, model, engine, samples)
             if not difference <= EQUIVALENCE:
@@ -101,7 +107,7 @@ def prepare(
                     "the BatchNorms are kept"
                 )
                 model, not_fused, difference = original.copy(), (), 0.0
-                batch_norms = {}
+                batch_norms, gains = {}, {}
     found = find_layers(model.graph)
     layers, ignored_layers, ignored = _divide(model, found.layers, recipe, ignored_scope)
     if not layers:
@@ -117,6 +123,10 @@ def prepare(
     batch_norms = {layer.name: batch_norms[layer.name] for layer in layers if layer.name in batch_norms}
     if recipe.correction.batch_norm == "reestimate" and not batch_norms:
         warnings.append("correction.batch_norm has nothing to do: no layer has absorbed a BatchNormalization")
+    if recipe.allocation.options.get("unfused") and not gains and not not_fused and not keep_structure:
+        warnings.append(
+            "allocation.options.unfused has nothing to undo: the model came without BatchNorm, or with it fused"
+        )
     return Prepared(
         model,
         layers,
@@ -127,7 +137,19 @@ def prepare(
         difference,
         tuple(warnings),
         batch_norms,
+        gains,
     )
+
+
+def _without_effect(recipe: Recipe) -> list[str]:
+    """What was asked for and has no effect."""
+    pattern = Pattern.parse(recipe.pruning.pattern)
+    if pattern.kind != "n:m" or "sparsity" not in recipe.model_fields_set:
+        return []
+    fixed = 1.0 - pattern.n / pattern.m
+    if abs(fixed - recipe.sparsity) < ROUNDED:
+        return []
+    return [f"{pattern} fixes the sparsity at {fixed:.3g}: sparsity {recipe.sparsity:g} is not used"]
 
 
 def output_difference(original: Model, edited: Model, engine: Engine, samples: Dataset) -> float:
@@ -194,6 +216,14 @@ def layer_weights(dense: Sequence[DenseLayer]) -> list[LayerWeights]:
         kernel = geometry.kernel if isinstance(geometry, ConvGeometry) else ()
         inputs = item.layer.cols // int(np.prod(kernel)) if kernel else item.layer.cols
         result.append(
-            LayerWeights(item.layer.name, item.weight, kernel, inputs, item.layer.channels, item.layer.groups)
+            LayerWeights(
+                item.layer.name,
+                item.weight,
+                kernel,
+                inputs,
+                item.layer.channels,
+                item.layer.groups,
+                item.gain,
+            )
         )
     return result

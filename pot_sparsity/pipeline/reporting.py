@@ -22,11 +22,13 @@ from pot_sparsity.graph.model import Edit, Model
 from pot_sparsity.graph.weights import count_zeros
 from pot_sparsity.metrics import paired_interval
 from pot_sparsity.pipeline.compress import Compressed
+from pot_sparsity.pipeline.costs import UNITS, Costs
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.prepare import Prepared
 from pot_sparsity.pipeline.recorder import Recorder, peak_memory_mib
 from pot_sparsity.recipe import Recipe
 from pot_sparsity.report.schema import (
+    BudgetReport,
     DataSpec,
     EditSpec,
     FileSpec,
@@ -203,23 +205,21 @@ def build_report(
     labels: bool,
     recorder: Recorder,
     folder: Path | None,
+    costs: Costs | None = None,
 ) -> Report:
-    """Assemble the report; ``counts`` are samples read, fitted, held out and validated."""
+    """Assemble the report; ``counts`` are samples read, fitted, held out and validated, budgets count in ``costs``."""
     prepared, compressed = outcome.prepared, outcome.compressed
     model = compressed.model if compressed else prepared.model
     layers = [layer_report(model, layer, compressed=compressed) for layer in prepared.layers]
     zeros, weights = sum(item.zeros for item in layers), sum(item.weights for item in layers)
+    budgets = [] if costs is None else _budgets(recipe, costs, layers)
     layers += [
         layer_report(model, layer, ignored=prepared.ignored[layer.name]) for layer in prepared.ignored_layers
     ]
     samples, fit, held_out, validation = counts
     return Report(
         status=status,
-        versions=Versions(
-            pot_sparsity=version_of("pot-sparsity"),
-            python=platform.python_version(),
-            packages={name: version_of(name) for name in _PACKAGES},
-        ),
+        versions=versions(),
         machine=machine(),
         seed=recipe.seed,
         engine=engine,
@@ -239,6 +239,7 @@ def build_report(
         sparsity_reached=zeros / weights,
         zeros=zeros,
         weights=weights,
+        budgets=budgets,
         edits=[EditSpec(**asdict(edit)) for edit in outcome.edits],
         not_fused=[Left(node=item.node, reason=item.reason) for item in prepared.not_fused],
         skipped=[Left(node=item.node, reason=item.reason) for item in prepared.skipped],
@@ -255,6 +256,27 @@ def build_report(
     )
 
 
+def _budgets(recipe: Recipe, costs: Costs, layers: Sequence[LayerReport]) -> list[BudgetReport]:
+    """What each budget asked for, and what layers cost with the zeros that were counted in them."""
+    zeros = {layer.name: layer.zeros for layer in layers}
+    found = []
+    for kind, bound in recipe.budget.items():
+        left = costs.fraction(kind, zeros)
+        found.append(
+            BudgetReport.model_validate(
+                {
+                    "kind": kind,
+                    "asked": bound,
+                    "reached": 1.0 - left if kind == "sparsity" else left,
+                    "dense": costs.dense[kind],
+                    "cost": costs.total(kind, zeros),
+                    "unit": UNITS[kind],
+                }
+            )
+        )
+    return found
+
+
 def _files(folder: Path | None, final: Sequence[Path]) -> list[FileSpec]:
     if folder is None:
         return []
@@ -264,6 +286,15 @@ def _files(folder: Path | None, final: Sequence[Path]) -> list[FileSpec]:
         FileSpec(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, role=role)
         for path, role in roles.items()
     ]
+
+
+def versions() -> Versions:
+    """Versions of everything that decides results."""
+    return Versions(
+        pot_sparsity=version_of("pot-sparsity"),
+        python=platform.python_version(),
+        packages={name: version_of(name) for name in _PACKAGES},
+    )
 
 
 def machine() -> Machine:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -23,18 +24,43 @@ from pot_sparsity.errors import OutputError
 from pot_sparsity.graph.model import Model
 
 STATE = "state"
-#: What a run leaves behind; anything else in the folder is the user's and is never removed.
-_OURS = (
-    "model.onnx",
-    "model.onnx.data",
-    "model.xml",
-    "model.bin",
-    "float",
-    "recipe.yaml",
-    "report.json",
-    "report.html",
-    "run.log",
-    STATE,
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one kind of run leaves in its folder; anything else there is the user's and is never removed.
+
+    Attributes
+    ----------
+    name
+        What users call it.
+    files
+        Its files and folders.
+    marks
+        Those of them that tell it was there.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    marks: frozenset[str]
+
+
+RUN = Contents(
+    "run",
+    (
+        "model.onnx",
+        "model.onnx.data",
+        "model.xml",
+        "model.bin",
+        "float",
+        "recipe.yaml",
+        "report.json",
+        "report.html",
+        "run.log",
+        "timings.json",
+        STATE,
+    ),
+    frozenset({"report.json", "recipe.yaml", STATE, "model.onnx", "model.xml"}),
 )
 
 
@@ -49,6 +75,8 @@ class RunFolder:
         Continue a run with the same fingerprint.
     force
         Replace what an earlier run left there.
+    contents
+        What kind of run it is.
 
     Raises
     ------
@@ -57,8 +85,11 @@ class RunFolder:
         been written then.
     """
 
-    def __init__(self, path: Path | None, *, resume: bool = False, force: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, *, resume: bool = False, force: bool = False, contents: Contents = RUN
+    ) -> None:
         self.path = path
+        self._contents = contents
         self._resume = resume
         self._force = force
         self._created = False
@@ -76,19 +107,20 @@ class RunFolder:
             raise OutputError(f"output {str(path)!r} is a file; give a folder with -o")
         if path.is_dir():
             entries = {entry.name for entry in path.iterdir()}
-            run = bool(entries & {"report.json", "recipe.yaml", STATE, "model.onnx", "model.xml"})
+            what = self._contents.name
+            run = bool(entries & self._contents.marks)
             if run and not (self._resume or self._force):
                 raise OutputError(
-                    f"output folder {str(path)!r} already holds a run; use --resume to go on, --force to replace "
+                    f"output folder {str(path)!r} already holds a {what}; use --resume to go on, --force to replace "
                     "it, or another folder"
                 )
             if entries and not run:
                 raise OutputError(
-                    f"output folder {str(path)!r} is not empty and holds no run; give another folder"
+                    f"output folder {str(path)!r} is not empty and holds no {what}; give another folder"
                 )
             if run and self._resume and not self._marker(path).is_file():
                 raise OutputError(
-                    f"output folder {str(path)!r} holds a run that is finished: there is nothing to resume; "
+                    f"output folder {str(path)!r} holds a {what} that is finished: there is nothing to resume; "
                     "use --force to replace it, or give another folder"
                 )
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -132,8 +164,8 @@ class RunFolder:
             found = None
         if not isinstance(found, dict) or found.get("fingerprint") != _digest(fingerprint):
             raise OutputError(
-                f"the run in {str(self.path)!r} was started with another model, data, recipe or version; "
-                "use --force to start over or give another folder"
+                f"the {self._contents.name} in {str(self.path)!r} was started with another model, data, recipe or "
+                "version; use --force to start over or give another folder"
             )
 
     @staticmethod
@@ -142,7 +174,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         assert self.path is not None
-        for name in _OURS:
+        for name in self._contents.files:
             entry = self.path / name
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from pot_sparsity.graph.layers import Layer, Place
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.normalization import Normalization, find_normalizations, write_normalization
 from pot_sparsity.pipeline.correction import Steps, correct_normalization
-from pot_sparsity.pipeline.fitting import Gathered, LayerDecision, fit_layer
+from pot_sparsity.pipeline.fitting import Gathered, LayerDecision, LayerFit, fit_layer
 from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.sides import Side, fill_spools
@@ -57,6 +57,10 @@ class Walker:
         Updated layer by layer.
     decisions
         One per layer, in order.
+    fit
+        Finds the new weight and bias of a layer.
+    inputs
+        What layers make of their inputs before they multiply, by name; the others take them as they come.
     """
 
     key: str
@@ -64,6 +68,8 @@ class Walker:
     steps: Steps
     solutions: dict[str, Solution]
     decisions: list[LayerDecision]
+    fit: LayerFit = fit_layer
+    inputs: Mapping[str, Callable[[AnyArray], AnyArray]] = field(default_factory=dict)
 
 
 def walk(
@@ -123,12 +129,13 @@ def walk(
         to_block = recipe.reconstruction.target == "block" and not tuning
         blocks = {i for i, walker in enumerate(walkers) if to_block and walker.steps.reconstruct}
         for plan in plans:
-            gathered, outputs = _advance(plan, reference, sides, roles, samples, threads, blocks)
+            views = [walker.inputs for walker in walkers]
+            gathered, outputs = _advance(plan, reference, sides, roles, samples, threads, blocks, views)
             for layer, _ in plan.layers:
                 for index, walker in enumerate(walkers):
                     stored = folder.load(f"{walker.key}/{layer.name}")
                     if stored is None:
-                        solution, decision = fit_layer(
+                        solution, decision = walker.fit(
                             by_name[layer.name],
                             walker.solutions[layer.name],
                             moments[layer.name],
@@ -181,10 +188,12 @@ def _advance(
     samples: TuningSamples,
     threads: int,
     blocks: Collection[int],
+    views: Sequence[Mapping[str, Callable[[AnyArray], AnyArray]]],
 ) -> tuple[dict[tuple[int, str], Gathered], dict[str, list[ChannelStatistics]]]:
     """Run all models over the stage's cut and gather the group's cross moments, by side and layer.
 
-    The sides at ``blocks`` are fitted to the output of their residual blocks.
+    The sides at ``blocks`` are fitted to the output of their residual blocks; ``views`` tell what layers of each
+    side make of their inputs.
 
     Of normalizations, the statistics of the output on the fit samples, side by side, the dense model's last.
 
@@ -209,7 +218,9 @@ def _advance(
                         target = (
                             wanted_output(plan, layer, place, xs, ys) if index in blocks else ys[place.output]
                         )
-                        tasks.append(delayed(_named)(layer.name, total.update, xs[place.input], target))
+                        view = views[index].get(layer.name)
+                        read = xs[place.input] if view is None else view(xs[place.input])
+                        tasks.append(delayed(_named)(layer.name, total.update, read, target))
                     if roles[position]:
                         samples.see(plan, position, index, xs, ys)
                     _look(plan, xs, index, seen, fits=roles[position])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -25,18 +25,24 @@ from pot_sparsity.recipe import Recipe
 #: A layer with fewer samples per column than this asks held-out samples how far to trust its moments.
 SCARCE = 32
 #: Multiples of mean(diag H) that it may add to the diagonal, tried in this order while they help.
-SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 #: The solver that stands in for slower ones where only comparisons count.
 QUICK = "wanda_refit"
 
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer as it was: its weight, and the bias of each place (None where it may not have one)."""
+    """A layer as it was: its weight, and the bias of each place (None where it may not have one).
+
+    ``gain`` ``[groups, rows]`` is what a fused normalization has multiplied the weight by; ``prior``
+    ``[groups, cols, cols]`` with a mean diagonal of 1 is what H is shrunk towards, the unit matrix if None.
+    """
 
     layer: Layer
     weight: Float64
     biases: tuple[Float64 | None, ...]
+    gain: Float64 | None = None
+    prior: Float64 | None = None
 
     @property
     def free_bias(self) -> bool:
@@ -48,7 +54,8 @@ class DenseLayer:
 class Solution:
     """New weight and biases of a layer, and how the solver fared.
 
-    ``shrinkage`` is the multiple of mean(diag H) that held-out samples asked to add to the diagonal of H.
+    ``shrinkage`` is the multiple of mean(diag H) that held-out samples asked to add to the diagonal of H; ``scale``
+    ``[groups, rows]`` the step of the grid that the weights stand on, None where they are real.
     """
 
     weight: Float64
@@ -57,6 +64,7 @@ class Solution:
     damping: float
     seconds: float = 0.0
     shrinkage: float = 0.0
+    scale: Float64 | None = None
 
     @property
     def mask(self) -> Bool:
@@ -64,13 +72,34 @@ class Solution:
         return np.asarray(self.weight != 0.0)
 
 
-def read_dense(model: Model, layers: Sequence[Layer]) -> list[DenseLayer]:
-    """Weights and biases of the prepared model."""
+class LayerPruner(Protocol):
+    """What prunes one layer: :func:`prune_layer`, or something that remembers what it gave."""
+
+    def __call__(
+        self,
+        item: DenseLayer,
+        moments: Moments,
+        held_out: Moments | None,
+        zeros: int,
+        recipe: Recipe,
+        options: SolverOptions | None = None,
+        *,
+        shrinkage: float | None = None,
+    ) -> Solution:
+        """Prune one layer; its biases stay as they were."""
+        ...
+
+
+def read_dense(
+    model: Model, layers: Sequence[Layer], gains: Mapping[str, Float64] | None = None
+) -> list[DenseLayer]:
+    """Weights and biases of the prepared model, and by layer name the ``gains`` they have taken up."""
     return [
         DenseLayer(
             layer,
             read_weight(model, layer),
             tuple(read_bias(model, layer, place) for place in layer.places),
+            (gains or {}).get(layer.name),
         )
         for layer in layers
     ]
@@ -126,8 +155,11 @@ def prune_layers(
     folder: RunFolder,
     key: str,
     progress: Progress,
+    prune: LayerPruner | None = None,
 ) -> dict[str, Solution]:
     """Prune all layers, biases as they were; finished layers are kept in the run folder under ``key``.
+
+    ``prune`` does so for one layer, :func:`prune_layer` by default.
 
     Layers that ``held_out`` has moments for choose their shrinkage on them (see :func:`scarce`).
 
@@ -136,12 +168,13 @@ def prune_layers(
     depend on ``threads``.
     """
     options = solver_options(recipe)
+    prune = prune or prune_layer
 
     def one(item: DenseLayer, options: SolverOptions) -> tuple[str, Solution]:
         name = item.layer.name
         stored = folder.load(f"{key}/{name}")
         if stored is None:
-            solution = prune_layer(item, moments[name], held_out.get(name), zeros[name], recipe, options)
+            solution = prune(item, moments[name], held_out.get(name), zeros[name], recipe, options)
             folder.store(f"{key}/{name}", pack(solution))
         else:
             solution = unpack(stored, len(item.biases))
@@ -194,12 +227,29 @@ def scarce(item: DenseLayer, moments: Moments) -> bool:
     return moments.count < SCARCE * item.layer.cols
 
 
-def shrunk(second: Float64, shrinkage: float) -> Float64:
-    """``H + shrinkage * mean(diag H) * I``, per group."""
+def centred_on(item: DenseLayer, recipe: Recipe) -> bool:
+    """Whether errors of a layer leave its bias free, so that its moments are centred."""
+    return bool(recipe.correction.bias) and item.free_bias
+
+
+def unfused_gain(item: DenseLayer, recipe: Recipe) -> Float64 | None:
+    """What to divide the rows of a weight by, ``[groups, rows]``, to have it as it was before BatchNorm was fused.
+
+    None where the recipe does not ask for it. A row whose gain is zero holds zeros and stays as it is.
+    """
+    settings = recipe.pruning
+    if item.gain is None or not settings.unfused or settings.method != "magnitude":
+        return None
+    return np.where(item.gain == 0.0, 1.0, np.abs(item.gain))
+
+
+def shrunk(second: Float64, shrinkage: float, prior: Float64 | None = None) -> Float64:
+    """``H + shrinkage * mean(diag H) * P``, per group, with the prior P or the unit matrix."""
     if shrinkage == 0.0:
         return second
     level = shrinkage * np.einsum("gcc->g", second) / second.shape[-1]
-    return np.asarray(second + level[:, None, None] * np.eye(second.shape[-1]))
+    target = np.eye(second.shape[-1]) if prior is None else prior
+    return np.asarray(second + level[:, None, None] * target)
 
 
 def _find_shrinkage(
@@ -213,7 +263,9 @@ def _find_shrinkage(
     quick = quick_recipe(recipe)
     best, chosen = np.inf, 0.0
     for shrinkage in (0.0, *SHRINKAGES):
-        result = run_solver(quick, SolverOptions(), item.layer, item.weight, shrunk(second, shrinkage), zeros)
+        result = run_solver(
+            quick, SolverOptions(), item.layer, item.weight, shrunk(second, shrinkage, item.prior), zeros
+        )
         error = layer_error(result.weight, item.weight, judge)
         if error >= best:
             break
@@ -247,7 +299,7 @@ def prune_layer(
         Already chosen; None chooses.
     """
     start = time.perf_counter()
-    centred = recipe.correction.bias and item.free_bias
+    centred = centred_on(item, recipe)
     second, judge = (
         None if part is None else part.centred if centred else part.second for part in (moments, held_out)
     )
@@ -258,8 +310,12 @@ def prune_layer(
         shrinkage = (
             _find_shrinkage(item, second, judge, zeros, recipe) if choose and judge is not None else 0.0
         )
-    result = run_solver(recipe, options, item.layer, item.weight, shrunk(second, shrinkage), zeros)
-    if shrinkage:
+    gain = unfused_gain(item, recipe)
+    target = item.weight if gain is None else item.weight / gain[:, :, None]
+    result = run_solver(recipe, options, item.layer, target, shrunk(second, shrinkage, item.prior), zeros)
+    if gain is not None:
+        result = replace(result, weight=np.where(result.mask, item.weight, 0.0))
+    if shrinkage or gain is not None:
         error = layer_error(result.weight, item.weight, second)
         energy = layer_error(np.zeros_like(item.weight), item.weight, second)
         result = replace(result, relative_error=error / energy if energy > 0 else 0.0)
@@ -287,6 +343,8 @@ def pack(solution: Solution) -> dict[str, np.ndarray]:
     for index, bias in enumerate(solution.biases):
         if bias is not None:
             arrays[f"bias{index}"] = bias
+    if solution.scale is not None:
+        arrays["scale"] = solution.scale
     return arrays
 
 
@@ -294,4 +352,5 @@ def unpack(arrays: Mapping[str, Any], places: int) -> Solution:
     """Inverse of :func:`pack`."""
     relative_error, damping, seconds, shrinkage = (float(value) for value in arrays["scalars"])
     biases = tuple(arrays.get(f"bias{index}") for index in range(places))
-    return Solution(arrays["weight"], biases, relative_error, damping, seconds, shrinkage)
+    scale = arrays.get("scale")
+    return Solution(arrays["weight"], biases, relative_error, damping, seconds, shrinkage, scale)

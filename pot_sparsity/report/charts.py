@@ -51,6 +51,7 @@ def schedule_chart(iterations: Sequence[Iteration], metric: str) -> str | None:
     points = [(i.sparsity, i.metrics[metric], i.accepted) for i in iterations if metric in i.metrics]
     if len(points) < 2:
         return None
+    points.sort(key=lambda point: point[0])
     figure = Figure(figsize=(9.0, 2.6), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([100 * s for s, _, _ in points], [value for _, value, _ in points], color=_DENSE)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pot_sparsity.report import charts, words
-from pot_sparsity.report.render import decision_lines, headline
+from pot_sparsity.report.render import budget_lines, decision_lines, headline
 from pot_sparsity.report.schema import Report
 
 
@@ -36,6 +36,7 @@ def render_html(report: Report) -> str:
         report=report,
         words=words,
         headline=headline(report),
+        budgets=budget_lines(report),
         decisions=decision_lines(report),
         metrics=words.metric_names([variant.metrics for variant in report.variants]),
         step_metrics=words.metric_names([iteration.metrics for iteration in report.iterations]),

@@ -38,7 +38,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     page = render_html(report)
     paths = folder / JSON_NAME, folder / HTML_NAME
     for path, text in zip(paths, (data, page), strict=True):
-        _replace(path, text)
+        replace_file(path, text)
     return paths
 
 
@@ -68,12 +68,13 @@ def read_report(path: Path) -> Report:
         raise UserError(f"{str(file)!r} is not a valid report: {where}: {first['msg']}") from None
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file that appears under its name only when it is complete."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     partial = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
         partial.chmod(0o644)
         partial.replace(path)
     finally:

@@ -30,6 +30,7 @@ def summary_tables(report: Report, *, verbose: bool = False) -> list[RenderableT
     """
     variants = variants_table(report.variants, report.data.metric, verbose=verbose)
     parts: list[RenderableType] = [Text(headline(report)), variants, _stages_table(report, verbose)]
+    parts[1:1] = [_cell(line) for line in budget_lines(report)]
     if verbose:
         parts.append(layers_table(report.layers))
         parts.extend(_cell(f"decided: {line}") for line in decision_lines(report))
@@ -49,6 +50,21 @@ def headline(report: Report) -> str:
     last = max(iteration.index for iteration in report.iterations)
     asked = words.percent(report.sparsity_asked)
     return f"{reached}, iteration {report.chosen_iteration} of {last} towards {asked}"
+
+
+def budget_lines(report: Report) -> list[str]:
+    """Each budget as one line: what was asked for and what the written model reaches."""
+    lines = []
+    for budget in report.budgets:
+        asked, reached = words.percent(budget.asked), words.percent(budget.reached)
+        if budget.kind == "sparsity":
+            lines.append(f"budget sparsity: {reached} zeros, at least {asked} asked")
+            continue
+        amounts = f"{words.amount(budget.cost)} of {words.amount(budget.dense)} {budget.unit}"
+        lines.append(
+            f"budget {budget.kind}: {reached} of the dense model's ({amounts}), at most {asked} asked"
+        )
+    return lines
 
 
 def decision_lines(report: Report) -> list[str]:

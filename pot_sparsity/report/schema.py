@@ -116,6 +116,20 @@ class Iteration(_Part):
     accepted: bool
 
 
+class BudgetReport(_Part):
+    """One budget: what was asked for, and what the sparse model, as written, costs."""
+
+    kind: Literal["sparsity", "flops", "bops", "size", "latency"]
+    asked: float = Field(
+        description="the largest fraction of the dense model's cost that may remain; of sparsity, the least fraction "
+        "of zeros"
+    )
+    reached: float = Field(description="the same of the written weights")
+    dense: float = Field(description="what the layers that take part cost in the model as it came")
+    cost: float = Field(description="what they cost now")
+    unit: str
+
+
 class Decision(_Part):
     """Something the run measured and decided."""
 
@@ -138,7 +152,7 @@ class Stage(_Part):
 
 
 class Variant(_Part):
-    """One of the models compared: dense, dense_int8, sparse, sparse_int8."""
+    """One of the models compared: dense, dense_int8, sparse, sparse_int8, mixed (bits chosen layer by layer)."""
 
     name: str
     metrics: dict[str, float] = Field(
@@ -179,6 +193,9 @@ class Report(_Part):
     sparsity_reached: float
     zeros: int
     weights: int = Field(description="weights of the layers that take part")
+    budgets: list[BudgetReport] = Field(
+        default_factory=list, description="empty where sparsity alone was asked for"
+    )
     edits: list[EditSpec]
     not_fused: list[Left]
     skipped: list[Left]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pot_sparsity.report.schema import Variant
 
 ABSENT = "–"
-VARIANT_TITLES = {"dense_int8": "dense INT8", "sparse_int8": "sparse INT8"}
+VARIANT_TITLES = {"dense_int8": "dense INT8", "sparse_int8": "sparse INT8", "mixed": "few-bit"}
 METRIC_TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
@@ -99,6 +99,11 @@ def size(number: int | None) -> str:
     if number < 1_000_000:
         return f"{number / 1e3:.1f} kB"
     return f"{number / 1e6:.2f} MB"
+
+
+def amount(number: float) -> str:
+    """A cost of any unit: whole from a thousand on, with thousands separated, else four digits."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -81,9 +81,13 @@ def test_defaults_reach_the_pipeline(optimize: Calls, capsys: Capture) -> None:
         "output_format": "same",
         "resume": False,
         "force": False,
+        "database": None,
+        "timings": None,
         "threads": None,
         "baseline_int8": True,
         "measure_latency": True,
+        "from_sweep": None,
+        "point": None,
     }
     captured = capsys.readouterr()
     assert "sparse INT8" in captured.out
@@ -433,7 +437,7 @@ def run(*given: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
-@pytest.mark.parametrize("command", [(), ("optimize",), ("inspect",), ("validate",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("optimize",), ("sweep",), ("inspect",), ("validate",), ("demo",)])
 def test_help(command: tuple[str, ...], capsys: Capture) -> None:
     assert main([*command, "--help"]) == 0
     out = capsys.readouterr().out

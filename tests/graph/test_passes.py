@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from openvino import opset13 as ops
 
-from pot_sparsity.algorithms.arrays import AnyArray, Float32
+from pot_sparsity.algorithms.arrays import AnyArray, Float32, Float64
 from pot_sparsity.algorithms.correction import FusedBatchNorm
 from pot_sparsity.engines import get_engine
 from pot_sparsity.graph.discovery import find_layers
@@ -20,7 +20,7 @@ from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.graph.openvino_model import OpenVINOModel
 from pot_sparsity.graph.passes import add_missing_biases, fold_weight_chains, fuse_batchnorm
-from pot_sparsity.graph.weights import read_bias
+from pot_sparsity.graph.weights import read_bias, read_weight
 
 FORMATS = ("onnx", "openvino")
 RNG = np.random.default_rng(11)
@@ -533,3 +533,33 @@ def test_the_last_of_two_normalizations_is_recorded() -> None:
     assert fuse_batchnorm(model, absorbed) == []
     (found,) = absorbed.values()
     np.testing.assert_array_equal(found.beta, second)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("case", FUSABLE)
+def test_gains_are_what_the_weights_were_multiplied_by(case: str, form: str) -> None:
+    nodes, constants, shape = FUSABLE[case]
+    model = load(proto(nodes, constants, shape), form)
+    before = {layer.name: read_weight(model, layer) for layer in find_layers(model.graph).layers}
+    gains: dict[str, Float64] = {}
+    fuse_batchnorm(model, None, gains)
+    assert set(gains) <= set(before)
+    for layer in find_layers(model.graph).layers:
+        after, gain = read_weight(model, layer), gains.get(layer.name)
+        expected = before[layer.name] * (1.0 if gain is None else gain[:, :, None])
+        np.testing.assert_allclose(after, expected, rtol=1e-5)
+    assert gains
+
+
+def test_gains_of_several_fusions_multiply() -> None:
+    nodes = [node("Conv", "xw", "c"), bn("c", "d"), bn("d", "y", "second_", "bn2")]
+    parameters = {**norm(6), **norm(6, "second_")}
+    model = load(proto(nodes, {**CONV, **parameters}, (1, 4, 6, 6)), "onnx")
+    gains: dict[str, Float64] = {}
+    fuse_batchnorm(model, None, gains)
+    factors = [
+        parameters[f"{prefix}gamma"] / np.sqrt(parameters[f"{prefix}var"].astype(np.float64) + 1e-3)
+        for prefix in ("", "second_")
+    ]
+    (found,) = gains.values()
+    np.testing.assert_allclose(found.ravel(), factors[0] * factors[1], rtol=1e-6)

@@ -326,7 +326,7 @@ RECIPES: dict[str, tuple[Any, str]] = {
     "ignored name": ({"allocation": {"ignored_names": ["nope"]}}, "'nope' is not in the model"),
     "ignored pattern": ({"allocation": {"ignored_patterns": ["("]}}, "is not a regular expression"),
     "pattern": ({"pruning": {"pattern": "4:2"}}, "pattern '4:2' is not known: use"),
-    "name": ("defualt", "cannot read recipe 'defualt'.*give a YAML file or one of default, pot"),
+    "name": ("defualt", "cannot read recipe 'defualt'.*give a YAML file or one of default, .*pot"),
 }
 
 

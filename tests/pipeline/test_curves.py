@@ -23,8 +23,9 @@ from pot_sparsity.metrics import sample_distances
 from pot_sparsity.pipeline import optimize
 from pot_sparsity.pipeline.allocate import allocate, needs_curves
 from pot_sparsity.pipeline.collect import collect_moments
-from pot_sparsity.pipeline.curves import FEWEST, level_sparsities, measure_curves, sample_number
+from pot_sparsity.pipeline.curves import FEWEST, measure_curves, sample_number
 from pot_sparsity.pipeline.prepare import prepare
+from pot_sparsity.pipeline.probes import level_sparsities
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.solve import DenseLayer, apply, prune_layer, read_dense
@@ -91,7 +92,8 @@ def distances_of(reference: AnyArray, found: AnyArray, settings: Recipe) -> Floa
     """Sample by sample, or the relative squared error of a scalar for all samples."""
     if reference.ndim:
         return sample_distances(reference, found, settings.allocation.distance)
-    return np.full(40, (float(found) - float(reference)) ** 2 / float(reference) ** 2)
+    energy = 1.0 if settings.allocation.distance == "squared" else float(reference) ** 2
+    return np.full(40, (float(found) - float(reference)) ** 2 / energy)
 
 
 def by_whole_runs(
@@ -187,7 +189,7 @@ def only_total_net() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("net", [total_net, only_total_net])
-@pytest.mark.parametrize("distance", ["error", "kl"])
+@pytest.mark.parametrize("distance", ["error", "kl", "squared"])
 def test_an_output_without_an_axis_of_samples_counts_as_one(
     net: Callable[[], onnx.ModelProto], distance: str
 ) -> None:

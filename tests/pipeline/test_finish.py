@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.onnx_model import OnnxModel
 from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import Result, optimize
+from pot_sparsity.pipeline import finish as pipeline_finish
+from pot_sparsity.pipeline.delivery import Delivery
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.rectify import Behind, Candidate, behind, fit_behind
 from pot_sparsity.pipeline.rescale import OUTPUTS, Measurement, rescaled, suffix, tunables
@@ -376,3 +378,69 @@ def test_says_when_outputs_cannot_be_used() -> None:
 def test_refuses_an_illegal_slack(value: list[float]) -> None:
     with pytest.raises(RecipeError, match=r"finish\.slack"):
         validate_recipe({"finish": {"slack": value}})
+
+
+# resuming
+
+
+class Stop(Silent):
+    """Interrupts the run where a step starts."""
+
+    def __init__(self, step: str) -> None:
+        self._step = step
+
+    def start(self, step: str, total: int | None) -> None:
+        if step == self._step:
+            raise KeyboardInterrupt
+
+
+def kept(folder: Path, net: onnx.ModelProto, **named: Any) -> Result:
+    finish = {"from_error": 0.0, "rescaling": "helps", "slack": [0.3, 0.6], "sweeps": 2, "samples": 24}
+    others = {"allocation": {"method": "lamp"}, "pruning": {"method": "magnitude_refit"}}
+    recipe = validate_recipe({"sparsity": 0.7, **QUICK, **others, "finish": finish})
+    return optimize(
+        net,
+        images(60),
+        recipe=recipe,
+        output=folder,
+        baseline_int8=False,
+        measure_latency=False,
+        **named,
+    )
+
+
+@pytest.mark.parametrize("done", ["", "fit_behind", "both"])
+def test_a_run_that_is_resumed_keeps_what_the_finish_has_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: str
+) -> None:
+    """Killed before the finish, between its two steps, and behind both."""
+    whole = kept(tmp_path / "whole", residual_net())
+    killed = tmp_path / "killed"
+
+    def stop(*args: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    steps = {"": "Fitting layers behind their activations", "fit_behind": "Measuring scales and biases"}
+    with monkeypatch.context() as patch:
+        if done == "both":
+            patch.setattr(Delivery, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            kept(killed, residual_net(), progress=Stop(steps.get(done, "")))
+
+    calls: list[str] = []
+
+    def counted(name: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            calls.append(name)
+            return genuine(*args, **named)
+
+        return call
+
+    monkeypatch.setattr(pipeline_finish, "fit_behind", counted("fit_behind", fit_behind))
+    monkeypatch.setattr(Measurement, "equations", counted("equations", Measurement.equations))
+    resumed = kept(killed, residual_net(), resume=True)
+    expected = {"": {"fit_behind", "equations"}, "fit_behind": {"equations"}, "both": set()}
+    assert set(calls) == expected[done]
+    assert (killed / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+    assert resumed.report.decisions == whole.report.decisions
+    assert zeros(resumed.model) == zeros(whole.model)

@@ -23,6 +23,7 @@ from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import Result, optimize
 from pot_sparsity.pipeline import int8 as pipeline_int8
+from pot_sparsity.pipeline.delivery import Delivery
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.quantization import quantize
@@ -393,7 +394,7 @@ def test_ignored_scope_is_left_in_floating_point() -> None:
 
 
 def watched(tmp_path: Path, max_drop: float, **sections: Any) -> dict[str, Any]:
-    schedule = {"max_drop": max_drop, "initial": 0.2, "iterations": 3}
+    schedule = {"kind": "cubic", "max_drop": max_drop, "initial": 0.2, "iterations": 3}
     return {
         "recipe": settings(0.95, schedule=schedule, **sections),
         "validation": labelled(tmp_path / "validation.npz", conv_net(), 80),
@@ -425,7 +426,8 @@ def test_max_drop_returns_the_last_iteration_that_respects_it(tmp_path: Path) ->
 def test_no_iteration_respects_the_limit(tmp_path: Path) -> None:
     named = watched(tmp_path, 0.0)
     out = tmp_path / "out"
-    named["recipe"] = settings(0.98, schedule={"max_drop": 0.0, "initial": 0.97, "iterations": 1})
+    schedule = {"kind": "cubic", "max_drop": 0.0, "initial": 0.97, "iterations": 1}
+    named["recipe"] = settings(0.98, schedule=schedule)
     with pytest.raises(
         AccuracyGateError, match=r"no iteration keeps top1 within 0.0 points .*closest: "
     ) as caught:
@@ -458,7 +460,7 @@ def test_int8_that_drops_too_far_falls_back_to_an_earlier_iteration(
 
     monkeypatch.setattr(pipeline_int8, "quantize", spoiled)
     monkeypatch.setitem(optimize.__globals__, "lost_zeros", lambda *models: {})
-    schedule = {"max_drop": 60.0, "initial": 0.1, "iterations": 1}
+    schedule = {"kind": "cubic", "max_drop": 60.0, "initial": 0.1, "iterations": 1}
     recipe = settings(0.6, schedule=schedule, quantization=int8(8))
     report = quick(recipe=recipe, validation=labelled(tmp_path / "v.npz", conv_net(), 60)).report
     assert len(seen) == 2
@@ -522,13 +524,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, step:
 
 def test_a_resumed_run_computes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        quick(output=out, threads=1, progress=Stop("Fitting layers in sequence", 0))
+
+    def killed(*args: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Delivery, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quick(output=out, threads=1)
 
     def never(*args: object, **named: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setitem(optimize.__globals__, "collect_moments", never)
+    monkeypatch.setattr("pot_sparsity.pipeline.run.collect_moments", never)
     monkeypatch.setattr(RunFolder, "store", never)
     assert quick(output=out, threads=1, resume=True).report.status == "done"
 

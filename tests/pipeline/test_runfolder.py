@@ -28,8 +28,8 @@ def tree(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def opened(path: Path, **named: bool) -> RunFolder:
-    folder = RunFolder(path, **named)
+def opened(path: Path, *, resume: bool = False, force: bool = False) -> RunFolder:
+    folder = RunFolder(path, resume=resume, force=force)
     folder.open(MARK)
     return folder
 

@@ -35,6 +35,8 @@ def recipe_of(experiment: Any) -> Any:
             options["source"] = next(given)
         elif word == "--sparsity":
             options["sparsity"] = float(next(given))
+        elif word == "--budget":
+            options["budget"] = [next(given)]
         elif word == "--pattern":
             options["pattern"] = next(given)
         elif word == "--set":
@@ -46,7 +48,11 @@ def test_names_are_unique_and_every_recipe_is_valid() -> None:
     everything = sections.experiments()
     assert len({experiment.name for experiment in everything}) == len(everything)
     for experiment in everything:
-        assert recipe_of(experiment).sparsity == experiment.percent / 100
+        recipe = recipe_of(experiment)
+        if experiment.flops is None:
+            assert (recipe.sparsity, recipe.budget) == (experiment.percent / 100, {})
+        else:
+            assert recipe.budget == {"flops": float(experiment.flops)}
 
 
 @pytest.mark.parametrize("section", combinations(), ids=lambda section: section.title.split()[-1])

@@ -221,3 +221,25 @@ def test_bad_curves_are_refused() -> None:
         build_curve("c", 1, -one, np.array([0]), one, {})
     with pytest.raises(ValueError, match="'c': distortions that are NaN"):
         build_curve("c", 1, one, np.array([0]), np.array([np.inf]), {})
+
+
+def test_nothing_is_cleaned_where_nothing_is_asked_for() -> None:
+    sparsity = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    raw = np.array([3.0, 1.0, 5.0])
+    curve = build_curve("conv", 4, sparsity, np.array([1, 2, 4]), raw, {}, cleaning="none", scale="linear")
+    np.testing.assert_allclose(curve.distortion, [0.0, 3.0, 1.0, 3.0, 5.0])
+    points, values = clean(raw, "none")
+    np.testing.assert_array_equal(points, [0, 1, 2])
+    np.testing.assert_array_equal(values, raw)
+    filtered = build_curve(
+        "conv", 4, sparsity, np.array([1, 2, 4]), raw, {}, cleaning="outliers", scale="linear"
+    )
+    np.testing.assert_allclose(filtered.distortion, [0.0, 0.5, 1.0, 3.0, 5.0])
+
+
+def test_uncleaned_points_may_share_a_place_and_end_early() -> None:
+    errors = np.array([0.0, 0.1, 0.1, 0.2, 0.4])
+    curve = build_curve(
+        "conv", 4, errors, np.array([1, 2, 3]), np.array([2.0, 1.0, 0.5]), {}, cleaning="none"
+    )
+    np.testing.assert_allclose(curve.distortion, [0.0, 1.0, 1.0, 0.5, 0.0])  # never below nothing

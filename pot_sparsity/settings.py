@@ -101,7 +101,13 @@ class AllocationSettings(_Section):
         "and allocate again; kept if the output on held-out samples comes nearer to the dense model's",
     )
     refine_from: float = Field(
-        0.02, ge=0.0, description="distance of the output on held-out samples from which on that is tried"
+        0.08, ge=0.0, description="distance of the output on held-out samples from which on that is tried"
+    )
+    exchanges: int = Field(
+        0,
+        ge=0,
+        description="output_distortion: exchanges of zeros between two layers that are tried, at most, on the pruned "
+        "network itself (a sparsity, no budget); kept where the output comes nearer to the dense model's",
     )
     solver: Literal["auto", "dynamic_program", "hull"] = Field(
         "auto",

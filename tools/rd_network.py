@@ -287,21 +287,23 @@ class WholeNetwork:
         return np.concatenate(found).astype(np.float64)
 
 
-def published_curves(network: Network) -> tuple[dict[str, Float64], Seconds]:
+def published_curves(network: Network, every: int = 1) -> tuple[dict[str, Float64], Seconds]:
     """The paper's procedure as it stands: every layer at every level, and each time the whole network.
 
     Returns the squared distances ``[samples, levels]`` by layer, and what running the network cost. Pruning and
     compiling are left out: a framework that interprets the network prunes in place and compiles nothing.
+
+    Only ``every``-th level is measured and the seconds are multiplied by that: each run costs the same.
     """
     meter = WholeNetwork(network.published.around, network.measured_on())
     found: dict[str, Float64] = {}
     for item in network.layers:
         name = item.layer.name
         parts = []
-        for level in range(1, network.levels + 1):
+        for level in range(every, network.levels + 1, every):
             parts.append(meter(network.pruned({name: round(level / network.levels * item.layer.size)})))
         found[name] = np.stack(parts, axis=1)
-    return found, meter.running
+    return found, Seconds(every * meter.running.wall, every * meter.running.processor)
 
 
 def _judged(judge: Evaluator, model: Model) -> dict[str, Any]:

@@ -286,6 +286,10 @@ def _ratio_rows(sums: Outcomes) -> list[list[str]]:
     ]
 
 
+def _share(every: int) -> str:
+    return f", and of the runs, which all cost the same, one in {every} was made" if every > 1 else ""
+
+
 def _speed(cells: _Cells) -> list[str]:
     found, settings = cells["speed"], cells["settings"]
     if found is None or settings is None:
@@ -315,7 +319,8 @@ def _speed(cells: _Cells) -> list[str]:
     text = [
         f"As published: 100 sparsities of {found['layers']} layers, each time the whole network on",
         f"{settings['samples']} samples (the paper: 1,024); only running the network is counted, not pruning and",
-        "compiling. The recipe `rd` gives the same distances from runs of what is behind each layer alone (largest",
+        f"compiling{_share(found['every'])}.",
+        "The recipe `rd` gives the same distances from runs of what is behind each layer alone (largest",
         f"difference {found['apart']:.1e} of the curve's highest point). The default recipe's curves, with all that",
         f"pruning and compiling they need, are {times[0]:.1f} times as fast by the clock and take {times[1]:.1f} times",
         f"less of the processor; the moments that its solver needs in any case took {found['moments']:.1f} s, the",

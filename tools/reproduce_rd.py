@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,16 @@ class Cache:
             stream.write(json.dumps({"name": name, "outcome": self.known[name]}) + "\n")
 
 
-def measure(network: Network, tables: Sequence[str], cache: Cache, zoo: Path, entry: Outcome) -> None:
-    """Everything that the tables and figures need of one network."""
+def measure(
+    network: Network, tables: Sequence[str], cache: Cache, zoo: Path, entry: Outcome, every: int
+) -> None:
+    """Everything that the tables and figures need of one network; ``every`` as for :func:`speed`."""
     name = network.name
     cache.once(f"{name}/settings", lambda: {"samples": network.samples})
-    steps = {
+    steps: dict[str, Callable[[Network], Steps]] = {
         "6": _refinements,
         "figures": _figures,
-        "speed": _speed,
+        "speed": partial(_speed, every=every),
         "4": _objectives,
         "3": _noise,
     }
@@ -147,8 +150,8 @@ def _noise(network: Network) -> Steps:
         yield f"pruned/noise/worst/outliers/{percent}", noise
 
 
-def _speed(network: Network) -> Steps:
-    yield "speed", lambda: speed(network)
+def _speed(network: Network, every: int) -> Steps:
+    yield "speed", lambda: speed(network, every)
     for percent in SPEED_PERCENTS:
 
         def work(p: int = percent) -> Outcome:
@@ -163,11 +166,14 @@ def _speed(network: Network) -> Steps:
         yield f"repaired/default/{percent}", default
 
 
-def speed(network: Network) -> Outcome:
-    """Seconds of the default recipe's curves and of the published ones, one after the other, and of the solver."""
+def speed(network: Network, every: int) -> Outcome:
+    """Seconds of the default recipe's curves and of the published ones, one after the other, and of the solver.
+
+    Of the published procedure every ``every``-th run is made.
+    """
     ours = network.our_curves[1]
-    found, published = published_curves(network)
-    known = network.distances()
+    found, published = published_curves(network, every)
+    known = {name: distances[:, every - 1 :: every] for name, distances in network.distances().items()}
     apart = [float(np.abs(found[name] - known[name]).max() / known[name].max()) for name in known]
     curves = network.curves()
     start = time.perf_counter()
@@ -179,6 +185,7 @@ def speed(network: Network) -> Outcome:
         "solver": time.perf_counter() - start,
         "apart": max(apart),
         "layers": len(known),
+        "every": every,
     }
 
 
@@ -263,6 +270,13 @@ def main(given: Sequence[str] | None = None) -> int:
         "--samples", type=int, default=1024, help="calibration samples that curves are measured on"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        choices=(1, 2, 4, 5, 10, 20),
+        help="make one in so many runs of the published procedure, and multiply its seconds",
+    )
     parser.add_argument("--render-only", action="store_true", help="run nothing, print what the cache holds")
     parser.add_argument(
         "--output", type=Path, help="write the page there and its figures beside it (printed by default)"
@@ -292,7 +306,7 @@ def main(given: Sequence[str] | None = None) -> int:
                     samples=arguments.samples,
                     threads=arguments.threads,
                 )
-                measure(network, arguments.table or TABLES, cache, arguments.zoo, zoo[name])
+                measure(network, arguments.table or TABLES, cache, arguments.zoo, zoo[name], arguments.every)
     text = page(networks, cache.known, arguments.output and arguments.output.parent)
     if arguments.output is None:
         print(text, end="")

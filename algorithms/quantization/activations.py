@@ -9,9 +9,11 @@ import numpy as np
 from pot_sparsity.algorithms.arrays import AnyArray, Float32, Float64
 
 _MOST_BITS = 8
-# A range shrinks to this share of the values' own, in so many steps of equal ratio; then each end moves alone.
+# Ends shrink to this share of the values' own, in so many steps of equal ratio: one end alone, or two independently,
+# those on so many values; then each end moves alone.
 _SMALLEST = 0.05
-_STEPS = 64
+_STEPS, _STEPS_OF_TWO = 64, 18
+_COARSE = 2**12
 # Factors that one end is tried at around the best range, and how often both ends take turns.
 _ENDS = np.geomspace(0.6, 1.6, 21)
 _TURNS = 3
@@ -70,8 +72,8 @@ class ActivationGrid:
 def fit_activation_grid(values: AnyArray, bits: int) -> ActivationGrid:
     """The grid of least mean squared rounding error among clipped ranges of the values.
 
-    Both ends shrink together first, then each is moved alone around the best range. The range always holds 0; an
-    end at 0 stays there.
+    Both ends shrink in steps first, then each is moved alone around the best range. The range always holds 0; an end
+    at 0 stays there.
 
     Parameters
     ----------
@@ -94,8 +96,13 @@ def fit_activation_grid(values: AnyArray, bits: int) -> ActivationGrid:
     if inexact.size == 0:
         return ActivationGrid(1.0, 0, 2**bits)
     low, high = min(0.0, float(inexact.min())), max(0.0, float(inexact.max()))
+    two = low < 0.0 < high
+    shares = np.geomspace(1.0, _SMALLEST, _STEPS_OF_TWO if two else _STEPS)
+    some = inexact[:: -(-inexact.size // _COARSE)] if two else inexact
+    ranges = [(low * a, high * b) for a in shares for b in (shares if two else [a])]
+    _, *coarse = min((_tried(some, *ends, bits) for ends in ranges), key=lambda found: found[0])
     best = min(
-        (_tried(inexact, low * share, high * share, bits) for share in np.geomspace(1.0, _SMALLEST, _STEPS)),
+        (_tried(inexact, *ends, bits) for ends in ((low, high), (coarse[0], coarse[1]))),
         key=lambda found: found[0],
     )
     for _ in range(_TURNS):

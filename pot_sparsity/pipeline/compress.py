@@ -25,6 +25,7 @@ from pot_sparsity.pipeline.correction import (
 from pot_sparsity.pipeline.costs import Costs
 from pot_sparsity.pipeline.database import Database
 from pot_sparsity.pipeline.evaluate import Evaluator
+from pot_sparsity.pipeline.exchanges import exchanged
 from pot_sparsity.pipeline.finish import Finish
 from pot_sparsity.pipeline.prepare import Prepared
 from pot_sparsity.pipeline.progress import Progress
@@ -34,6 +35,7 @@ from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.sequential import Walker, walk
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, prune_layers
 from pot_sparsity.recipe import Recipe
+from pot_sparsity.report.schema import Decision
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,7 @@ def _refined(around: Surroundings, best: Compressed, key: str) -> dict[str, Curv
     if stored is None:
         most = around.recipe.allocation.samples
         refined = refined_curves(
-            Trials(
-                around.prepared.model,
-                around.dense,
-                around.moments,
-                around.held_moments,
-                around.engine,
-                around.recipe,
-            ),
+            _trials(around),
             best.model,
             best.solutions,
             around.curves,
@@ -121,6 +116,40 @@ def _refined(around: Surroundings, best: Compressed, key: str) -> dict[str, Curv
         around.folder.store(key, {name: curve.distortion for name, curve in refined.items()})
         return refined
     return {name: replace(curve, distortion=stored[name]) for name, curve in around.curves.items()}
+
+
+def _trials(around: Surroundings) -> Trials:
+    return Trials(
+        around.prepared.model,
+        around.dense,
+        around.moments,
+        around.held_moments,
+        around.engine,
+        around.recipe,
+    )
+
+
+def _polished(around: Surroundings, zeros: dict[str, int], sparsity: float) -> dict[str, int]:
+    """The allocation after exchanges between layers, where the recipe wants any and has curves to choose them by."""
+    settings = around.recipe.allocation
+    if not settings.exchanges or not around.curves or around.given:
+        return zeros
+    samples = spread(around.fit, settings.samples)
+    polished, found = exchanged(
+        _trials(around), zeros, sparsity, around.curves, samples, around.database.solve
+    )
+    kept = sum(trial.kept for trial in found.trials)
+    around.recorder.decide(
+        Decision(
+            what=f"{kept} of {len(found.trials)} exchanges of zeros between layers",
+            kept=kept > 0,
+            before=found.before,
+            after=found.after,
+            measure="distance of the pruned network's output",
+            reason="" if kept else "the output moved away from the dense model's",
+        )
+    )
+    return polished
 
 
 def _once(
@@ -139,6 +168,8 @@ def _once(
         zeros = around.given or allocate(
             start, recipe, sparsity, around.curves, costs=around.costs, budget=budget
         )
+        if previous is None and not budget and not recipe.budget:
+            zeros = _polished(around, dict(zeros), sparsity)
     with recorder.stage("pruning"):
         solutions = prune_layers(
             start,

@@ -107,18 +107,32 @@ def compress_bits(around: Surroundings, measured: Measured, chosen: Mapping[str,
         apply(model, item.layer, solutions[item.layer.name])
     grids = input_grids([item.layer for item in around.dense], choices, measured.ranges)
     quantize_inputs(model, [item.layer for item in around.dense], grids)
+    best = _walked(around, model, solutions, BitFit(choices), grids, key)
+    zeros = {item.layer.name: zeros_of(item.layer, choices[item.layer.name]) for item in around.dense}
+    return BitModel(Compressed(*best, zeros), choices, measured.bops(chosen))
+
+
+def _walked(
+    around: Surroundings,
+    model: Model,
+    solutions: dict[str, Solution],
+    fit: BitFit,
+    grids: Mapping[str, Mapping[str, ActivationGrid]],
+    key: str,
+) -> tuple[Model, dict[str, Solution]]:
+    """The model after the best of the walks that the recipe wants, or as it was where none helps."""
+    tried = attempts(around.recipe, {}, [])
+    if not tried:
+        return model, solutions
     guard = Guard(around.judge, around.recorder, model)
     best = model, solutions
-    tried = attempts(around.recipe, {}, [])
     inputs = {
         item.layer.name: grids[item.layer.name][item.layer.places[0].input]
         for item in around.dense
         if not item.layer.shared
     }
     walkers = [
-        Walker(
-            f"{key}/{attempt.what}", model.copy(), attempt.steps, dict(solutions), [], BitFit(choices), inputs
-        )
+        Walker(f"{key}/{attempt.what}", model.copy(), attempt.steps, dict(solutions), [], fit, inputs)
         for attempt in tried
     ]
     with around.recorder.stage("reconstruction and correction") as note:
@@ -140,8 +154,7 @@ def compress_bits(around: Surroundings, measured: Measured, chosen: Mapping[str,
             if guard.keeps(f"few-bit layers: {attempt.what}", walker.model, always=attempt.always):
                 best = walker.model, walker.solutions
         note.after = guard.metrics
-    zeros = {item.layer.name: zeros_of(item.layer, choices[item.layer.name]) for item in around.dense}
-    return BitModel(Compressed(*best, zeros), choices, measured.bops(chosen))
+    return best
 
 
 def with_integers(model: Model, solutions: Mapping[str, Solution]) -> Model:

@@ -50,6 +50,7 @@ def outcomes() -> dict[str, dict[str, Any]]:
         "solver": 0.25,
         "apart": 1e-6,
         "layers": 20,
+        "every": 4,
     }
     return found
 
@@ -66,6 +67,7 @@ def test_the_page_has_what_is_known(tmp_path: Path) -> None:
     assert "repaired, 70 %" not in text.partition("## Speed")[0]  # nothing of that column has run
     assert "| net | 20 % | 1.000 | 1.100 | 10 % |" in text
     assert "are 30.0 times as fast by the clock and take 17.2 times" in text
+    assert "compiling, and of the runs, which all cost the same, one in 4 was made." in text
     assert "absent_net" not in text
     for name in (figures.ADDITIVITY, figures.APPROXIMATION):
         assert f"]({name})" in text
@@ -136,6 +138,9 @@ def test_a_small_network_is_measured_as_published(tmp_path: Path) -> None:
         for name, distances in plain.items():
             assert distances.shape == (8, 3)
             np.testing.assert_allclose(fast[name], distances, rtol=2e-4, atol=1e-6 * distances.max())
+        some, _ = network_tool.published_curves(network, 3)
+        for name, distances in some.items():
+            np.testing.assert_array_equal(distances, plain[name][:, 2::3])
         zeros = network.allocated(network.curves(), 0.5)
         assert sum(zeros.values()) == round(0.5 * sum(item.layer.size for item in network.layers))
         assert network.outcome(zeros)["dense"] == 100.0

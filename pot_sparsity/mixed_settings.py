@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from pot_sparsity.algorithms.quantization.choices import BitChoice
+from pot_sparsity.section import Section
 
 
-class MixedSettings(BaseModel):
+class MixedSettings(Section):
     """Few-bit layers: bits of weights and activations and a pattern of zeros, chosen layer by layer, instead of INT8.
 
     The budget ``bops`` decides; ``pruning.pattern`` and ``quantization`` do not count.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = Field(False, description="whether to choose bits layer by layer")
     choices: tuple[str, ...] = Field(

@@ -17,9 +17,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pot_sparsity.allocation_settings import OUTPUT_DISTORTION
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.settings import (
-    OUTPUT_DISTORTION,
     CorrectionSettings,
     QuantizationSettings,
     Recipe,

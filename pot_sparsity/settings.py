@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.algorithms.arrays import Pattern
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.algorithms.tuning import LOSSES, OPTIMIZERS
+from pot_sparsity.allocation_settings import AllocationSettings
 from pot_sparsity.mixed_settings import MixedSettings
+from pot_sparsity.section import Section, When, one_of
 
-When = Literal["always", "helps", "never"]
 #: What can be bounded; all but ``sparsity`` as a fraction of what the dense model costs.
 BUDGETS = ("sparsity", "flops", "bops", "size", "latency")
-#: The allocation that measures the network's output.
-OUTPUT_DISTORTION = "output_distortion"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Calibration(_Section):
+class Calibration(Section):
     """How calibration samples are used."""
 
     samples: int | None = Field(
@@ -43,94 +36,7 @@ class Calibration(_Section):
     )
 
 
-class AllocationSettings(_Section):
-    """Which sparsity each layer gets."""
-
-    method: str = Field(OUTPUT_DISTORTION, description="name of the allocation")
-    levels: int = Field(
-        6, ge=2, le=100, description="output_distortion: sparsities at which every layer is measured"
-    )
-    spacing: Literal["density", "linear"] = Field(
-        "density",
-        description="output_distortion: densities in equal ratios, with the layer's own error telling what lies in "
-        "between, or sparsities in equal steps up to 1 with straight lines in between (rate-distortion pruning)",
-    )
-    pruning: Literal["run", "magnitude"] = Field(
-        "run",
-        description="output_distortion: what prunes the layer that is measured: the run's own solver, with the bias "
-        "corrected, or magnitude alone",
-    )
-    samples: int = Field(256, ge=1, description="output_distortion: samples it is measured on, at most")
-    fewer_samples: bool = Field(
-        True, description="output_distortion: fewer samples for networks on which they would take long"
-    )
-    inputs: Literal["calibration", "noise"] = Field(
-        "calibration",
-        description="output_distortion: those samples, or standard normal noise of their shape (zero-data pruning)",
-    )
-    objective: Literal["network", "layer"] = Field(
-        "network", description="output_distortion: whose output is compared, the network's or the layer's own"
-    )
-    distance: Literal["error", "kl", "squared"] = Field(
-        "error",
-        description="output_distortion: relative squared error of the outputs, divergence of class scores, or plain "
-        "squared error",
-    )
-    aggregate: Literal["mean", "worst"] = Field(
-        "mean", description="output_distortion: over samples, the mean or the worst"
-    )
-    cleaning: Literal["isotonic", "outliers", "running_max", "none"] = Field(
-        "isotonic",
-        description="output_distortion: measured points that fall with sparsity are moved to the nearest rising "
-        "curve, delete the higher ones before them (outlier filtering), are lifted, or stay",
-    )
-    rounds: Literal["one", "iterative"] = Field(
-        "one",
-        description="output_distortion: all zeros at once, or round by round, with curves measured again on the model "
-        "that is pruned so far; one layer never gets fewer zeros than before",
-    )
-    removed: float = Field(
-        0.2,
-        gt=0.0,
-        lt=1.0,
-        description="part of the weights left that a round removes (unless kind is cubic)",
-    )
-    refine: Literal["helps", "never"] = Field(
-        "helps",
-        description="output_distortion: once a sparse model stands, correct the curves by what layers do to its output "
-        "and allocate again; kept if the output on held-out samples comes nearer to the dense model's",
-    )
-    refine_from: float = Field(
-        0.08, ge=0.0, description="distance of the output on held-out samples from which on that is tried"
-    )
-    exchanges: int = Field(
-        0,
-        ge=0,
-        description="output_distortion: exchanges of zeros between two layers that are tried, at most, on the pruned "
-        "network itself (a sparsity, no budget); kept where the output comes nearer to the dense model's",
-    )
-    solver: Literal["auto", "dynamic_program", "hull"] = Field(
-        "auto",
-        description="output_distortion: how levels are chosen within one budget: by SPDY's dynamic program over a "
-        "budget cut into buckets (as auto does), or along the lower convex hulls",
-    )
-    options: dict[str, float | bool] = Field(
-        default_factory=dict,
-        description="options of that allocation; uniform: protect_first_last, magnitude: unfused (weights as they were "
-        "before BatchNorm was fused), erk: power",
-    )
-    max_layer_sparsity: float = Field(1.0, gt=0.0, le=1.0, description="no layer gets sparser than this")
-    ignored_names: tuple[str, ...] = Field((), description="layers left dense, by node name")
-    ignored_patterns: tuple[str, ...] = Field((), description="layers left dense, by regular expression")
-    ignored_types: tuple[str, ...] = Field((), description="layers left dense, by operator type")
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return _one_of(value, (*ALLOCATIONS, OUTPUT_DISTORTION), "allocation")
-
-
-class PruningSettings(_Section):
+class PruningSettings(Section):
     """How the weights of one layer are chosen and removed."""
 
     method: str = Field("admm", description="name of the layer solver")
@@ -151,7 +57,7 @@ class PruningSettings(_Section):
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        return _one_of(value, SOLVERS, "pruning method")
+        return one_of(value, SOLVERS, "pruning method")
 
     @field_validator("pattern")
     @classmethod
@@ -159,7 +65,7 @@ class PruningSettings(_Section):
         return str(Pattern.parse(value))
 
 
-class TuningSection(_Section):
+class TuningSection(Section):
     """Layer-wise fine-tuning by gradient descent; the defaults are those of the POT paper and its code."""
 
     optimizer: str = Field("adam", description="name of the optimizer: adam, sgd or adadelta")
@@ -192,15 +98,15 @@ class TuningSection(_Section):
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, value: str) -> str:
-        return _one_of(value, OPTIMIZERS, "optimizer")
+        return one_of(value, OPTIMIZERS, "optimizer")
 
     @field_validator("loss")
     @classmethod
     def _known_loss(cls, value: str) -> str:
-        return _one_of(value, LOSSES, "loss")
+        return one_of(value, LOSSES, "loss")
 
 
-class ReconstructionSettings(_Section):
+class ReconstructionSettings(Section):
     """What the kept weights are fitted to."""
 
     method: Literal["closed_form", "tuning"] = Field(
@@ -229,7 +135,7 @@ class ReconstructionSettings(_Section):
     )
 
 
-class CorrectionSettings(_Section):
+class CorrectionSettings(Section):
     """Repairing statistics without gradients.
 
     ``helps``: kept if the network's output on held-out samples comes nearer to the dense model's.
@@ -275,7 +181,7 @@ class CorrectionSettings(_Section):
         return value
 
 
-class FinishSettings(_Section):
+class FinishSettings(Section):
     """Last steps on the sparse model as a whole, after reconstruction and correction."""
 
     activations: When = Field(
@@ -320,7 +226,7 @@ class FinishSettings(_Section):
         return value
 
 
-class ScheduleSettings(_Section):
+class ScheduleSettings(Section):
     """How the global sparsity rises."""
 
     kind: Literal["auto", "one_shot", "cubic", "bisection"] = Field(
@@ -351,7 +257,7 @@ class ScheduleSettings(_Section):
         return self
 
 
-class QuantizationSettings(_Section):
+class QuantizationSettings(Section):
     """INT8 through NNCF."""
 
     enabled: bool = Field(True, description="whether to quantize at all")
@@ -385,7 +291,7 @@ class QuantizationSettings(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All settings of a run."""
 
     sparsity: float = Field(
@@ -424,7 +330,7 @@ class Recipe(_Section):
     @classmethod
     def _bounds(cls, value: dict[str, float]) -> dict[str, float]:
         for kind, bound in value.items():
-            _one_of(kind, BUDGETS, "budget")
+            one_of(kind, BUDGETS, "budget")
             low = "at least" if kind == "sparsity" else "above"
             if not (0.0 < bound <= 1.0 or (kind == "sparsity" and bound == 0.0)):
                 raise ValueError(f"budget {kind} must be {low} 0 and at most 1, not {bound:g}")
@@ -439,12 +345,3 @@ class Recipe(_Section):
     def dump(self) -> str:
         """The recipe as YAML, as written into the run directory."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _one_of(value: str, known: Iterable[str], what: str) -> str:
-    names = sorted(known)
-    if value in names:
-        return value
-    near = difflib.get_close_matches(value, names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {value!r}{hint} (known: {', '.join(names)})")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pot_sparsity.algorithms.arrays import Bool
+from allocation_answers import Answers, refined  # type: ignore[import-not-found]
+
 from pot_sparsity.metrics import paired_interval
+from pot_sparsity.pipeline.evaluate import distance
 from pot_sparsity.recipe import OUTPUT_DISTORTION
 from pot_sparsity.report.sweep_page import allocations, best_points
 from pot_sparsity.report.sweep_schema import Sweep, SweepPoint
@@ -20,43 +22,63 @@ _CORRECTIONS = {
 
 @dataclass(frozen=True)
 class Network:
-    """A classifier: its name in the zoo, its sweep, the command, and which pictures some of the points get right."""
+    """A classifier: its name in the zoo, its sweep, the command, and what is known picture by picture."""
 
     name: str
     sweep: Sweep
     command: str
-    right: Mapping[str, Bool]
+    known: Mapping[str, Answers]
 
 
 @dataclass(frozen=True)
-class Contest:
-    """A point at which another allocation does at least as well as output distortion."""
+class Difference:
+    """By how many points another allocation is ahead, and what interval the pictures give that, if they are known."""
 
-    network: str
-    own: SweepPoint
-    rival: SweepPoint
-    metric: str
-    interval: tuple[float, float, float] | None = None
-
-    @property
-    def difference(self) -> float:
-        """By how many points the other one is ahead."""
-        return self.rival.metrics[self.metric] - self.own.metrics[self.metric]
+    points: float
+    interval: tuple[float, float, float] | None
 
     @property
     def verdict(self) -> str:
         """Whether the pictures can tell the two apart."""
-        if self.difference == 0.0:
+        if self.points == 0.0:
             return "equal"
         if self.interval is None:
             return "not compared picture by picture"
-        return "within the noise" if self.interval[1] <= 0.0 <= self.interval[2] else "beyond the noise"
+        if self.interval[1] <= 0.0 <= self.interval[2]:
+            return "within the noise"
+        return "behind" if self.points > 0.0 else "ahead"
 
-    @property
-    def nearer(self) -> bool:
-        """Whether output distortion has the smaller error of the network's output all the same."""
-        own, other = self.own.relative_error, self.rival.relative_error
-        return own is not None and other is not None and own < other
+    def __str__(self) -> str:
+        interval = self.interval
+        ends = "" if interval is None else f" [{interval[1]:+.2f}, {interval[2]:+.2f}]"
+        return f"{self.points:+.2f}{ends}, {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A point at which another allocation does at least as well as output distortion.
+
+    Attributes
+    ----------
+    difference
+        To output distortion, as the sweep has it.
+    refined
+        To output distortion with zeros allocated again in the sparse model, where that is known.
+    again
+        Metrics of that model.
+    """
+
+    network: str
+    own: SweepPoint
+    rival: SweepPoint
+    difference: Difference
+    refined: Difference | None
+    again: Mapping[str, float] | None
+
+    def compared(self, measure: Callable[[Mapping[str, float]], float]) -> tuple[float, float, float | None]:
+        """A distance to the dense network: of the other allocation, of output distortion, and of it refined."""
+        again = None if self.again is None else measure(self.again)
+        return measure(self.rival.metrics), measure(self.own.metrics), again
 
 
 def pairs(sweep: Sweep) -> list[tuple[SweepPoint, SweepPoint]]:
@@ -67,17 +89,47 @@ def pairs(sweep: Sweep) -> list[tuple[SweepPoint, SweepPoint]]:
     return [(own[point.budget, point.bound], point) for point in others]
 
 
-def contests(name: str, sweep: Sweep, right: Mapping[str, Bool]) -> list[Contest]:
+def contests(name: str, sweep: Sweep, known: Mapping[str, Answers]) -> list[Contest]:
     """Where output distortion does not win, with the paired interval of the difference where pictures are known."""
     metric = sweep.data.metric
     found = []
     for own, rival in pairs(sweep):
-        if rival.metrics[metric] < own.metrics[metric]:
+        ahead = rival.metrics[metric] - own.metrics[metric]
+        if ahead < 0.0:
             continue
-        known = own.id in right and rival.id in right
-        interval = paired_interval(right[own.id], right[rival.id]) if known else None
-        found.append(Contest(name, own, rival, metric, interval))
+        again = known.get(refined(own.bound))
+        found.append(
+            Contest(
+                name,
+                own,
+                rival,
+                Difference(ahead, _interval(known.get(own.id), known.get(rival.id))),
+                None
+                if again is None
+                else Difference(
+                    rival.metrics[metric] - again.metrics[metric], _interval(again, known.get(rival.id))
+                ),
+                None if again is None else again.metrics,
+            )
+        )
     return found
+
+
+def output_error(metrics: Mapping[str, float]) -> float:
+    """Energy of the output's error relative to the output's."""
+    return distance(dict(metrics))[1]
+
+
+def logit_kl(metrics: Mapping[str, float]) -> float:
+    """Divergence of the class scores."""
+    return metrics["logit_kl"]
+
+
+def _interval(own: Answers | None, rival: Answers | None) -> tuple[float, float, float] | None:
+    if own is None or rival is None:
+        return None
+    difference, low, high = paired_interval(own.right, rival.right)
+    return difference, low, high
 
 
 def page(networks: Sequence[Network]) -> str:
@@ -137,7 +189,7 @@ def section(network: Network) -> list[str]:
 
 def closing(networks: Sequence[Network]) -> list[str]:
     """Where output distortion does not win, by how much, and whether the pictures can tell."""
-    lost = [c for network in networks for c in contests(network.name, network.sweep, network.right)]
+    lost = [c for network in networks for c in contests(network.name, network.sweep, network.known)]
     total = sum(len(pairs(network.sweep)) for network in networks)
     lines = [
         "",
@@ -148,55 +200,80 @@ def closing(networks: Sequence[Network]) -> list[str]:
     ]
     if not lost:
         return lines
-    behind = [contest for contest in lost if contest.verdict == "beyond the noise"]
-    within = [contest for contest in lost if contest.verdict == "within the noise"]
-    lines += [
+    return [
+        *lines,
         f"In the other {len(lost)}, listed here, the difference is the other allocation's top-1 less output",
         "distortion's, in points, with its 95 % interval (paired: from the pictures that only one of the two gets",
-        "right). It is within the noise where the interval holds zero. The output error is the energy of the error of",
-        "the network's output on these pictures, relative to the output's.",
+        "right). Where that holds zero the difference is within the noise, else output distortion is behind (or",
+        "ahead).",
+        "",
+        "A sweep measures what layers do to the output of the dense model. `optimize` then measures it again in the",
+        "sparse model and allocates once more (`allocation.refine`); *refined* is that, with the same solver and the",
+        "same correction as all others.",
+        "",
+        "The output error (the energy of the error of the network's output, relative to the output's) and logit KL are",
+        "measured on the same pictures: the other allocation's / output distortion's / refined.",
         "",
         *table(
-            ("network", "zeros", "allocation", "difference", "", "output error", "output distortion's"),
+            ("network", "zeros", "allocation", "difference", "to refined", "output error", "logit KL"),
             [_contest_row(contest) for contest in lost],
         ),
         "",
-        f"{len(within)} of these differences are within the noise of the pictures, {len(behind)} are beyond it"
-        + _listed(behind),
-        f"In {sum(contest.nearer for contest in lost)} of the {len(lost)} ({sum(c.nearer for c in behind)} of the "
-        f"{len(behind)} beyond the noise) output distortion",
-        "nevertheless has the smaller output error, which is what it minimises: there top-1 does not follow that",
-        "error. In the others the sum of what single layers do to the output misjudges what they do together.",
+        *_summary(lost),
     ]
+
+
+def _summary(lost: Sequence[Contest]) -> list[str]:
+    """What the table says, counted."""
+    behind = [contest for contest in lost if contest.difference.verdict == "behind"]
+    errors, divergences = (
+        sum(own < other for other, own, _ in (contest.compared(measure) for contest in lost))
+        for measure in (output_error, logit_kl)
+    )
+    lines = [
+        f"Of these {len(lost)} differences {_count(lost, 'within the noise')} are within the noise of the pictures, "
+        f"and output distortion is behind in {len(behind)}{_places(behind)}.",
+        f"In {errors} of the {len(lost)} it nevertheless has the smaller output error, in {divergences} the smaller "
+        "logit KL.",
+        "Where the distance that it minimises is the smaller one, that distance does not rank these models as top-1 "
+        "does; elsewhere what single layers do to the output does not add up to what they do together.",
+    ]
+    again = [contest.refined for contest in lost if contest.refined is not None]
+    if again:
+        still = [c for c in lost if c.refined is not None and c.refined.verdict == "behind"]
+        won = sum(each.points < 0.0 for each in again)
+        lines.append(
+            f"Refined, it has the higher top-1 in {won} of {len(again)}, and is behind by more than the noise in "
+            f"{len(still)}{_places(still)}."
+        )
     return lines
 
 
-def _listed(behind: Sequence[Contest]) -> str:
-    """Networks and sparsities where output distortion is really behind."""
+def _count(lost: Sequence[Contest], verdict: str) -> int:
+    return sum(contest.difference.verdict == verdict for contest in lost)
+
+
+def _places(found: Sequence[Contest]) -> str:
+    """Networks and sparsities, in brackets."""
     places: dict[str, dict[str, None]] = {}
-    for contest in behind:
+    for contest in found:
         places.setdefault(contest.network, {})[f"{100.0 * contest.own.bound:g} %"] = None
-    if not places:
-        return "."
-    return " (" + "; ".join(f"{name} at {', '.join(bounds)}" for name, bounds in places.items()) + ")."
+    listed = "; ".join(f"{name} at {', '.join(bounds)}" for name, bounds in places.items())
+    return f" ({listed})" if listed else ""
 
 
 def _contest_row(contest: Contest) -> list[str]:
-    interval = contest.interval
-    ends = "" if interval is None else f" [{interval[1]:+.2f}, {interval[2]:+.2f}]"
     return [
         contest.network,
         f"{100.0 * contest.own.bound:g} %",
         f"`{contest.rival.allocation}`",
-        f"{contest.difference:+.2f}{ends}",
-        contest.verdict,
-        _error(contest.rival),
-        _error(contest.own),
+        str(contest.difference),
+        "-" if contest.refined is None else str(contest.refined),
+        *(
+            " / ".join("-" if value is None else f"{value:.3g}" for value in contest.compared(measure))
+            for measure in (output_error, logit_kl)
+        ),
     ]
-
-
-def _error(point: SweepPoint) -> str:
-    return "-" if point.relative_error is None else f"{point.relative_error:.3g}"
 
 
 def _cell(point: SweepPoint | None, metric: str, best: set[str]) -> str:

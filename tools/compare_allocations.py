@@ -7,7 +7,8 @@ validation data.
 The cache is a folder with one sweep for each network, solved layers included. Finished ones that hold the points asked
 for are kept, an interrupted one goes on where it stopped: delete the cache once the code has changed. Where output
 distortion does not win, its model and the better ones are put together again from their layers to see which pictures
-they get right; these answers are kept too, in `answers.jsonl`.
+they get right, and zeros are allocated once more in the sparse model, as `optimize` does; what comes out is kept too,
+in `answers.jsonl`.
 """
 
 from __future__ import annotations
@@ -93,12 +94,14 @@ def run_sweep(
 
 
 def answer(name: str, entry: Mapping[str, Any], folder: Path, cache: Path, threads: int) -> None:
-    """Find out which pictures are right at every point where output distortion does not win, unless it is known."""
+    """Look closer, unless that is done, at every point where output distortion does not win."""
     home = cache / name
     known = answers.read(cache / ANSWERS, name, home)
     lost = contests(name, read_sweep(home), known)
     wanted = dict.fromkeys(point.id for contest in lost for point in (contest.own, contest.rival))
     missing = [point for point in wanted if point not in known]
+    bounds = dict.fromkeys(contest.own.bound for contest in lost)
+    again = [bound for bound in bounds if answers.refined(bound) not in known]
     sources = Sources(
         folder / entry["model"],
         folder / entry["calibration"],
@@ -108,8 +111,8 @@ def answer(name: str, entry: Mapping[str, Any], folder: Path, cache: Path, threa
         entry.get("preprocess"),
         "openvino",
     )
-    for point, right in answers.measure(sources, home, missing, threads):
-        answers.append(cache / ANSWERS, name, home, {point: right})
+    for point, found in answers.measure(sources, home, missing, again, threads):
+        answers.append(cache / ANSWERS, name, home, point, found)
 
 
 def fill_cache(
@@ -142,8 +145,8 @@ def read_networks(cache: Path, zoo: Mapping[str, Any]) -> list[Network]:
         sweep = finished(cache / name)
         if sweep is not None:
             points = sorted({point.bound for point in sweep.points})
-            right = answers.read(cache / ANSWERS, name, cache / name)
-            found.append(Network(name, sweep, command(zoo[name], points), right))
+            known = answers.read(cache / ANSWERS, name, cache / name)
+            found.append(Network(name, sweep, command(zoo[name], points), known))
     return found
 
 

@@ -212,17 +212,18 @@ class Network:
     def repaired(self, zeros: Mapping[str, int]) -> dict[str, Any]:
         """Accuracy with the same zeros per layer, chosen and repaired by the default recipe."""
         around = self.ours.around
-        solutions = prune_layers(
-            around.dense,
-            around.moments,
-            around.held_moments,
-            zeros,
-            around.recipe,
-            threads=around.threads,
-            folder=around.folder,
-            key="prune",
-            progress=Silent(),
-        )
+        with around.recorder.stage("pruning"):
+            solutions = prune_layers(
+                around.dense,
+                around.moments,
+                around.held_moments,
+                zeros,
+                around.recipe,
+                threads=around.threads,
+                folder=around.folder,
+                key="prune",
+                progress=Silent(),
+            )
         return _judged(self.ours.judge, repair(around, solutions, zeros, "repair").model)
 
     @cached_property

@@ -7,12 +7,12 @@ from scipy.interpolate import PchipInterpolator
 
 from pot_sparsity.algorithms.allocation.curves import NONZEROS, Curve, build_curve
 from pot_sparsity.algorithms.arrays import AnyArray, Float64
+from pot_sparsity.allocation_settings import AllocationSettings
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.data.sources import ArraySource, SourceDataset
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.pipeline.solve import DenseLayer
 from pot_sparsity.recipe import Recipe
-from pot_sparsity.settings import AllocationSettings
 
 #: Densities of the first and the last level that is measured; the others lie between them in equal ratios.
 DENSITIES = (0.7, 0.02)

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 
-from pot_sparsity.algorithms.arrays import Bool
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.pipeline import sweep
 from pot_sparsity.pipeline.intake import Sources
@@ -56,7 +55,7 @@ def point(allocation: str, bound: float, top1: float, error: float = 0.2) -> Swe
         bops=None,
         size=1.0 - bound,
         size_bytes=round(400 * (1.0 - bound)),
-        metrics={"top1": top1, "agreement": top1 + 1.0},
+        metrics={"top1": top1, "agreement": top1 + 1.0, "sqnr": -10 * np.log10(error), "logit_kl": error / 2},
         drop=92.0 - top1,
         relative_error=error,
         layers=[round(100 * bound)],
@@ -89,9 +88,10 @@ def made_up(*points: SweepPoint) -> Sweep:
     )
 
 
-def answered(*parts: tuple[int, bool]) -> Bool:
-    """Answers of SAMPLES pictures, so many of them right, so many wrong, and so on."""
-    return np.concatenate([np.full(count, right) for count, right in parts])
+def answered(*parts: tuple[int, bool], sqnr: float = 3.0) -> Any:
+    """Answers to SAMPLES pictures, so many of them right, so many wrong, and so on."""
+    right = np.concatenate([np.full(count, right) for count, right in parts])
+    return answers.Answers(right, {"top1": 100.0 * float(right.mean()), "sqnr": sqnr, "logit_kl": 0.3})
 
 
 @pytest.fixture
@@ -107,28 +107,37 @@ def network() -> Any:
         point("erk", 0.7, 88.0),
         point("erk", 0.8, 80.0, error=0.4),
     ]
-    right = {
+    known = {
         "output_distortion@0.80": answered((320, True), (80, False)),
         "lamp@0.80": answered((300, True), (20, False), (24, True), (56, False)),
         "output_distortion@0.90": answered((200, True), (200, False)),
         "lamp@0.90": answered((240, True), (160, False)),
+        "refined@0.90": answered((260, True), (140, False), sqnr=10.0),
     }
-    return pages.Network("net", made_up(*points), "pot-sparsity sweep $ZOO/net.onnx", right)
+    return pages.Network("net", made_up(*points), "pot-sparsity sweep $ZOO/net.onnx", known)
 
 
 def test_where_it_does_not_win(network: Any) -> None:
-    found = pages.contests(network.name, network.sweep, network.right)
-    assert [(c.rival.id, c.verdict, c.nearer) for c in found] == [
-        ("lamp@0.80", "within the noise", False),
-        ("erk@0.80", "equal", True),
-        ("lamp@0.90", "beyond the noise", True),
+    found = pages.contests(network.name, network.sweep, network.known)
+    assert [(c.rival.id, c.difference.verdict) for c in found] == [
+        ("lamp@0.80", "within the noise"),
+        ("erk@0.80", "equal"),
+        ("lamp@0.90", "behind"),
     ]
     # 24 pictures only lamp gets right, 20 only output distortion
     mean = 4 / SAMPLES
     half = 1.959964 * np.sqrt((44 - SAMPLES * mean**2) / (SAMPLES - 1) / SAMPLES)
-    assert found[0].interval == pytest.approx(100 * np.array([mean, mean - half, mean + half]), abs=1e-4)
-    assert found[1].interval is None
-    assert pages.contests("net", network.sweep, {})[2].verdict == "not compared picture by picture"
+    expected = 100 * np.array([mean, mean - half, mean + half])
+    assert found[0].difference.interval == pytest.approx(expected, abs=1e-4)
+    assert found[1].difference.interval is None
+    assert [contest.refined is None for contest in found] == [True, True, False]
+    # 20 pictures only the refined one gets right
+    assert (found[2].refined.points, found[2].refined.verdict) == (pytest.approx(-5.0), "ahead")
+    assert found[2].compared(pages.output_error) == pytest.approx((0.6, 0.5, 0.1))
+    assert found[2].compared(pages.logit_kl) == pytest.approx((0.3, 0.25, 0.3))
+    assert found[0].compared(pages.logit_kl)[2] is None
+    unknown = pages.contests("net", network.sweep, {})[2]
+    assert (unknown.difference.verdict, unknown.refined) == ("not compared picture by picture", None)
 
 
 def test_the_page(network: Any) -> None:
@@ -148,15 +157,20 @@ def test_the_page(network: Any) -> None:
     closing = text.partition("## Where output distortion does not win\n")[2]
     assert "Compared are a network, a sparsity and another allocation: 5 times." in closing
     assert "top-1 in 2 of them." in closing
-    assert re.search(
-        r"\| net \| 90 % \| `lamp` \| \+10\.00 \[\+7\.\d\d, \+12\.\d\d\] \| beyond the noise \|", closing
+    row = (
+        r"\| net \| 90 % \| `lamp` \| \+10\.00 \[\+7\.\d\d, \+12\.\d\d\], behind \| "
+        r"-5\.00 \[.*\], ahead \| 0\.6 / 0\.5 / 0\.1 \| 0\.3 / 0\.25 / 0\.3 \|"
     )
-    assert "| net | 80 % | `erk` | +0.00 | equal | 0.4 | 0.3 |" in closing
-    assert (
-        "1 of these differences are within the noise of the pictures, 1 are beyond it (net at 90 %)."
-        in closing
-    )
-    assert "In 2 of the 3 (1 of the 1 beyond the noise) output distortion" in closing
+    assert re.search(row, closing)
+    assert "| net | 80 % | `erk` | +0.00, equal | - | 0.4 / 0.3 / - | 0.2 / 0.15 / - |" in closing
+    assert closing.splitlines()[-4:] == [
+        "Of these 3 differences 1 are within the noise of the pictures, and output distortion is behind in 1 "
+        "(net at 90 %).",
+        "In 2 of the 3 it nevertheless has the smaller output error, in 2 the smaller logit KL.",
+        "Where the distance that it minimises is the smaller one, that distance does not rank these models as top-1 "
+        "does; elsewhere what single layers do to the output does not add up to what they do together.",
+        "Refined, it has the higher top-1 in 1 of 1, and is behind by more than the noise in 0.",
+    ]
 
 
 def test_where_it_always_wins() -> None:
@@ -250,28 +264,32 @@ def test_models_are_put_together_again(zoo: Path, tmp_path: Path) -> None:
     sources = Sources(
         zoo / "net.onnx", zoo / "calibration.npz", zoo / "validation.npz", None, None, None, "openvino"
     )
-    found = dict(answers.measure(sources, home, [p.id for p in done.points], 1))
+    found = dict(answers.measure(sources, home, [p.id for p in done.points], [0.8], 1))
+    assert list(found) == [*(p.id for p in done.points), "refined@0.80"]
     for each in done.points:
-        assert found[each.id].size == 60
-        assert found[each.id].sum() == pytest.approx(0.6 * each.metrics["top1"])
-    answers.append(tmp_path / "answers", "tiny", home, found)
-    read = answers.read(tmp_path / "answers", "tiny", home)
-    assert {name: right.tolist() for name, right in read.items()} == {
-        name: right.tolist() for name, right in found.items()
+        assert found[each.id].right.size == 60
+        assert found[each.id].right.sum() == pytest.approx(0.6 * each.metrics["top1"])
+        assert found[each.id].metrics == each.metrics
+    cache = tmp_path / "answers"
+    for name, known in found.items():
+        answers.append(cache, "tiny", home, name, known)
+    read = answers.read(cache, "tiny", home)
+    assert {name: (known.right.tolist(), known.metrics) for name, known in read.items()} == {
+        name: (known.right.tolist(), known.metrics) for name, known in found.items()
     }
-    assert answers.read(tmp_path / "answers", "another", home) == {}
-    assert dict(answers.measure(sources, home, [], 1)) == {}
+    assert answers.read(cache, "another", home) == {}
+    assert dict(answers.measure(sources, home, [], [], 1)) == {}
 
     done.points[0].metrics["top1"] += 5.0
     done.database = str(home / "database")
     write_sweep(done, tmp_path)
-    assert answers.read(tmp_path / "answers", "tiny", tmp_path) == {}
+    assert answers.read(cache, "tiny", tmp_path) == {}
     with pytest.raises(PotSparsityError, match="delete that folder"):
-        list(answers.measure(sources, tmp_path, [done.points[0].id], 1))
+        list(answers.measure(sources, tmp_path, [done.points[0].id], [], 1))
     done.correction = "full"
     write_sweep(done, tmp_path)
     with pytest.raises(PotSparsityError, match="more than stitched layers"):
-        list(answers.measure(sources, tmp_path, [done.points[1].id], 1))
+        list(answers.measure(sources, tmp_path, [done.points[1].id], [], 1))
 
 
 def test_the_whole_tool(

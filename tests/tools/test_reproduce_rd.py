@@ -144,6 +144,8 @@ def test_a_small_network_is_measured_as_published(tmp_path: Path) -> None:
         zeros = network.allocated(network.curves(), 0.5)
         assert sum(zeros.values()) == round(0.5 * sum(item.layer.size for item in network.layers))
         assert network.outcome(zeros)["dense"] == 100.0
+        repaired = network.repaired(network.our_zeros(0.5))
+        assert repaired["interval"][0] == pytest.approx(repaired["top1"] - 100.0)
         pruned = network.pruned(zeros)
         assert pruned is not network.pruned({})
         assert network.meter(network.pruned({})).max() == 0.0

@@ -104,14 +104,14 @@ def _refined(around: Surroundings, best: Compressed, key: str) -> dict[str, Curv
     """Curves corrected in the sparse model, or what the run folder holds of them."""
     stored = around.folder.load(key)
     if stored is None:
-        most = around.recipe.allocation.samples
+        batch = best.model.batch_size or 1
         refined = refined_curves(
             _trials(around),
             best.model,
             best.solutions,
             around.curves,
-            spread(around.fit, most),
-            None if around.held_out is None else filled(around.held_out, best.model.batch_size or 1),
+            spread(around.fit, max(around.recipe.allocation.samples, batch)),
+            None if around.held_out is None else filled(around.held_out, batch),
         )
         around.folder.store(key, {name: curve.distortion for name, curve in refined.items()})
         return refined
@@ -134,7 +134,7 @@ def _polished(around: Surroundings, zeros: dict[str, int], sparsity: float) -> d
     settings = around.recipe.allocation
     if not settings.exchanges or not around.curves or around.given:
         return zeros
-    samples = spread(around.fit, settings.samples)
+    samples = spread(around.fit, max(settings.samples, around.prepared.model.batch_size or 1))
     polished, found = exchanged(
         _trials(around), zeros, sparsity, around.curves, samples, around.database.solve
     )

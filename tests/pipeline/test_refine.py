@@ -150,3 +150,12 @@ def test_a_run_decides_by_held_out_samples(start: float, tried: bool) -> None:
         assert decision.kept == (decision.after < decision.before)  # type: ignore[operator]
     layers = result.report.layers
     assert sum(layer.zeros for layer in layers) == round(0.7 * sum(layer.weights for layer in layers))
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+def test_a_fixed_batch_larger_than_the_samples_asked_for(batch: int) -> None:
+    recipe = {**QUICK, "sparsity": 0.7, "allocation": {"refine_from": 0.0, "samples": 4, "exchanges": 2}}
+    result = optimize(conv_net(batch), images(40), recipe=recipe)
+    made = [decision.what for decision in result.report.decisions]
+    assert any("allocated again" in what for what in made)
+    assert any("exchanges" in what for what in made)

@@ -141,7 +141,7 @@ def sweep(
             center_crop=center_crop,
         )
         from pot_sparsity import pipeline
-        from pot_sparsity.pipeline.sweep import GRID
+        from pot_sparsity.pipeline.sweeping.sweep import GRID
 
         result = pipeline.sweep(
             model,
@@ -215,7 +215,7 @@ def start_from(
     UserError
         Options that do not go together, no such sweep or point.
     """
-    from pot_sparsity.pipeline.sweep_points import choose
+    from pot_sparsity.pipeline.sweeping.sweep_points import choose
 
     if recipe is not None:
         raise UserError(

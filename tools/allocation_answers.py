@@ -21,15 +21,15 @@ from pot_sparsity.algorithms.arrays import Bool
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.graph.model import Model
 from pot_sparsity.pipeline.compress import compress
-from pot_sparsity.pipeline.database import Database
 from pot_sparsity.pipeline.intake import Sources, load_job
 from pot_sparsity.pipeline.job import Options
-from pot_sparsity.pipeline.levels import Level
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.run import Run
 from pot_sparsity.pipeline.runfolder import RunFolder
-from pot_sparsity.pipeline.stitch import stitch
-from pot_sparsity.pipeline.sweep_points import at_once, choose, merged
+from pot_sparsity.pipeline.store.database import Database
+from pot_sparsity.pipeline.store.levels import Level
+from pot_sparsity.pipeline.store.stitch import stitch
+from pot_sparsity.pipeline.sweeping.sweep_points import at_once, choose, merged
 from pot_sparsity.recipe import Recipe, validate_recipe
 from pot_sparsity.report.sweep_io import SWEEP_JSON, read_sweep
 from pot_sparsity.report.sweep_schema import Sweep

@@ -25,7 +25,7 @@ from pot_sparsity.algorithms.allocation.rate_distortion import allocate_zeros
 from pot_sparsity.data import Dataset, load_dataset, load_preprocess
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
-from pot_sparsity.pipeline.allocate import allocate
+from pot_sparsity.pipeline.allocation.allocate import allocate
 from pot_sparsity.pipeline.job import Job, Options
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.reporting import input_specs

@@ -44,7 +44,7 @@ from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.graph.layers import Layer, flops
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model, Runnable
-from pot_sparsity.pipeline.allocate import allocate
+from pot_sparsity.pipeline.allocation.allocate import allocate
 from pot_sparsity.pipeline.collect import collect_moments
 from pot_sparsity.pipeline.prepare import Prepared, prepare
 from pot_sparsity.pipeline.progress import Silent

@@ -28,12 +28,12 @@ from bop_page import page  # type: ignore[import-not-found]
 from pot_sparsity.algorithms.quantization.choices import DENSE_BITS, BitChoice
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.metrics import paired_interval
-from pot_sparsity.pipeline.bit_levels import BOPS, Measured, measure_bits
+from pot_sparsity.pipeline.bits.bit_levels import BOPS, Measured, measure_bits
+from pot_sparsity.pipeline.bits.mixed import compress_bits, with_integers
 from pot_sparsity.pipeline.compress import Surroundings
 from pot_sparsity.pipeline.evaluate import Evaluator
 from pot_sparsity.pipeline.intake import Sources, load_job
 from pot_sparsity.pipeline.job import Options
-from pot_sparsity.pipeline.mixed import compress_bits, with_integers
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.reporting import machine
 from pot_sparsity.pipeline.run import Run

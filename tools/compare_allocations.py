@@ -31,7 +31,7 @@ from results_sections import SPLIT, ZOO, preprocess_arguments  # type: ignore[im
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.pipeline.intake import Sources
 from pot_sparsity.pipeline.runfolder import STATE
-from pot_sparsity.pipeline.sweep_points import ALL
+from pot_sparsity.pipeline.sweeping.sweep_points import ALL
 from pot_sparsity.report.sweep_io import SWEEP_JSON, read_sweep
 from pot_sparsity.report.sweep_schema import Sweep
 

@@ -19,12 +19,12 @@ from pot_sparsity.data import Dataset, load_dataset, load_preprocess
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import paired_interval, sample_distances
-from pot_sparsity.pipeline.allocate import allocate
+from pot_sparsity.pipeline.allocation.allocate import allocate
+from pot_sparsity.pipeline.allocation.curves import measure_curves, probe_layers
+from pot_sparsity.pipeline.allocation.probes import finished_curve, noise_like
 from pot_sparsity.pipeline.compress import Surroundings, repair
-from pot_sparsity.pipeline.curves import measure_curves, probe_layers
 from pot_sparsity.pipeline.evaluate import Evaluator, feeds
 from pot_sparsity.pipeline.job import Job, Options
-from pot_sparsity.pipeline.probes import finished_curve, noise_like
 from pot_sparsity.pipeline.progress import Silent
 from pot_sparsity.pipeline.reporting import input_specs
 from pot_sparsity.pipeline.run import Run

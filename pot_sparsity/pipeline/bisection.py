@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pot_sparsity.algorithms.arrays import Pattern
 from pot_sparsity.algorithms.bisection import Bisection
+from pot_sparsity.pipeline.allocation.rounds import is_iterative
+from pot_sparsity.pipeline.allocation.targets import Target
 from pot_sparsity.pipeline.candidates import Candidate, try_target
 from pot_sparsity.pipeline.compress import Surroundings
 from pot_sparsity.pipeline.evaluate import Evaluator
 from pot_sparsity.pipeline.job import Job
-from pot_sparsity.pipeline.rounds import is_iterative
-from pot_sparsity.pipeline.targets import Target
 from pot_sparsity.recipe import Recipe
 from pot_sparsity.report.schema import Iteration
 

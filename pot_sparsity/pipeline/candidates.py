@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pot_sparsity.pipeline.allocation.targets import Target
 from pot_sparsity.pipeline.compress import Compressed, Surroundings, compress
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.job import Job
 from pot_sparsity.pipeline.solve import Solution
-from pot_sparsity.pipeline.targets import Target
 from pot_sparsity.report.schema import Iteration
 
 

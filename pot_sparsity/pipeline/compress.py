@@ -12,8 +12,15 @@ from pot_sparsity.data import Dataset, filled
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.normalization import find_normalizations
-from pot_sparsity.pipeline.allocate import allocate
-from pot_sparsity.pipeline.correction import (
+from pot_sparsity.pipeline.allocation.allocate import allocate
+from pot_sparsity.pipeline.allocation.costs import Costs
+from pot_sparsity.pipeline.allocation.exchanges import exchanged
+from pot_sparsity.pipeline.allocation.refine import Trials, refined_curves, spread
+from pot_sparsity.pipeline.evaluate import Evaluator
+from pot_sparsity.pipeline.prepare import Prepared
+from pot_sparsity.pipeline.progress import Progress
+from pot_sparsity.pipeline.recorder import Recorder
+from pot_sparsity.pipeline.repair.correction import (
     DENSE_CHECK,
     Attempt,
     Guard,
@@ -22,18 +29,11 @@ from pot_sparsity.pipeline.correction import (
     check_dense,
     correct_pruned,
 )
-from pot_sparsity.pipeline.costs import Costs
-from pot_sparsity.pipeline.database import Database
-from pot_sparsity.pipeline.evaluate import Evaluator
-from pot_sparsity.pipeline.exchanges import exchanged
-from pot_sparsity.pipeline.finish import Finish
-from pot_sparsity.pipeline.prepare import Prepared
-from pot_sparsity.pipeline.progress import Progress
-from pot_sparsity.pipeline.recorder import Recorder
-from pot_sparsity.pipeline.refine import Trials, refined_curves, spread
+from pot_sparsity.pipeline.repair.finish import Finish
+from pot_sparsity.pipeline.repair.sequential import Walker, walk
 from pot_sparsity.pipeline.runfolder import RunFolder
-from pot_sparsity.pipeline.sequential import Walker, walk
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, prune_layers
+from pot_sparsity.pipeline.store.database import Database
 from pot_sparsity.recipe import Recipe
 from pot_sparsity.report.schema import Decision
 

@@ -17,12 +17,12 @@ from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.weights import count_zeros
+from pot_sparsity.pipeline.bits.mixed import with_integers
 from pot_sparsity.pipeline.candidates import Candidates, InOrder
 from pot_sparsity.pipeline.compress import Compressed
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator, measure_latency
 from pot_sparsity.pipeline.int8 import Placing, quantize_best
 from pot_sparsity.pipeline.job import Job
-from pot_sparsity.pipeline.mixed import with_integers
 from pot_sparsity.pipeline.prepare import Prepared, output_difference
 from pot_sparsity.pipeline.reporting import Outcome, build_report, variant
 from pot_sparsity.pipeline.runfolder import write_text, writing

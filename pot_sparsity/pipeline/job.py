@@ -13,13 +13,13 @@ from pot_sparsity.engines import get_engine
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import METRICS
-from pot_sparsity.pipeline.costs import Costs
-from pot_sparsity.pipeline.database import Database
+from pot_sparsity.pipeline.allocation.costs import Costs
+from pot_sparsity.pipeline.allocation.timings import Timings
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.progress import Progress, Silent
 from pot_sparsity.pipeline.recorder import Recorder
 from pot_sparsity.pipeline.runfolder import RunFolder
-from pot_sparsity.pipeline.timings import Timings
+from pot_sparsity.pipeline.store.database import Database
 from pot_sparsity.recipe import Recipe
 
 

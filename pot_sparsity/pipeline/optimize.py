@@ -15,7 +15,7 @@ import openvino as ov
 from pot_sparsity.data import DataSource, Preprocess
 from pot_sparsity.errors import AccuracyGateError
 from pot_sparsity.metrics import get_metric
-from pot_sparsity.pipeline.database import Database
+from pot_sparsity.pipeline.allocation.timings import given_timings
 from pot_sparsity.pipeline.delivery import Result
 from pot_sparsity.pipeline.intake import Sources, check_folders, load_job
 from pot_sparsity.pipeline.job import Options
@@ -23,8 +23,8 @@ from pot_sparsity.pipeline.progress import Progress
 from pot_sparsity.pipeline.run import Run
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.solve import solver_options
-from pot_sparsity.pipeline.sweep_points import choose
-from pot_sparsity.pipeline.timings import given_timings
+from pot_sparsity.pipeline.store.database import Database
+from pot_sparsity.pipeline.sweeping.sweep_points import choose
 from pot_sparsity.recipe import Recipe, load_recipe
 
 __all__ = ["Result", "optimize"]
@@ -102,8 +102,9 @@ def optimize(
     measure_latency
         Also measure the latency of every variant.
     from_sweep, point
-        Write a point of this sweep at once (see :func:`~pot_sparsity.pipeline.sweep.sweep`): allocation, zeros and
-        solutions of its layers as the sweep found them, then the recipe's corrections, INT8, validation and report.
+        Write a point of this sweep at once (see :func:`~pot_sparsity.pipeline.sweeping.sweep.sweep`): allocation,
+        zeros and solutions of its layers as the sweep found them, then the recipe's corrections, INT8, validation and
+        report.
         ``point`` is its name, its number in the sweep's table, or what it must fulfil, such as ``{"max_drop": 1.0}``.
         ``recipe`` then stands for changes of the sweep's: ``{"reconstruction": {"input": "sparse"}, "finish":
         {"activations": "helps"}}`` gives these zeros the full run.

@@ -21,8 +21,8 @@ from pot_sparsity.graph.layers import Layer, flops
 from pot_sparsity.graph.model import Edit, Model
 from pot_sparsity.graph.weights import count_zeros
 from pot_sparsity.metrics import paired_interval
+from pot_sparsity.pipeline.allocation.costs import UNITS, Costs
 from pot_sparsity.pipeline.compress import Compressed
-from pot_sparsity.pipeline.costs import UNITS, Costs
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.prepare import Prepared
 from pot_sparsity.pipeline.recorder import Recorder, peak_memory_mib

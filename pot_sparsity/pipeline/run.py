@@ -15,28 +15,28 @@ from pot_sparsity.data import Dataset, filled
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.graph.layers import Layer
 from pot_sparsity.graph.model import Model
-from pot_sparsity.pipeline.allocate import allocate, check_budget, needs_curves
+from pot_sparsity.pipeline.allocation.allocate import allocate, check_budget, needs_curves
+from pot_sparsity.pipeline.allocation.curves import measure_curves, sample_number
+from pot_sparsity.pipeline.allocation.probes import noise_like
+from pot_sparsity.pipeline.allocation.rounds import is_iterative, round_sparsities
+from pot_sparsity.pipeline.allocation.targets import Target, budget_targets, find_costs, keep_timings
+from pot_sparsity.pipeline.allocation.timings import Timings
 from pot_sparsity.pipeline.bisection import Bisected, bisects
-from pot_sparsity.pipeline.bit_levels import BOPS, measure_bits
+from pot_sparsity.pipeline.bits.bit_levels import BOPS, measure_bits
+from pot_sparsity.pipeline.bits.mixed import check_bits, compress_bits, report_choices
 from pot_sparsity.pipeline.candidates import try_target
 from pot_sparsity.pipeline.collect import collect_moments
 from pot_sparsity.pipeline.compress import Compressed, Surroundings
-from pot_sparsity.pipeline.curves import measure_curves, sample_number
 from pot_sparsity.pipeline.delivery import Delivery, Result
 from pot_sparsity.pipeline.evaluate import Evaluation, Evaluator
 from pot_sparsity.pipeline.int8 import Placing
 from pot_sparsity.pipeline.intake import check_zeros
 from pot_sparsity.pipeline.job import Job
-from pot_sparsity.pipeline.mixed import check_bits, compress_bits, report_choices
 from pot_sparsity.pipeline.moments_state import load_moments, store_moments
 from pot_sparsity.pipeline.prepare import Prepared, prepare
 from pot_sparsity.pipeline.priors import layers_before_pooling, with_priors
-from pot_sparsity.pipeline.probes import noise_like
 from pot_sparsity.pipeline.reporting import fingerprint
-from pot_sparsity.pipeline.rounds import is_iterative, round_sparsities
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, read_dense, scarce
-from pot_sparsity.pipeline.targets import Target, budget_targets, find_costs, keep_timings
-from pot_sparsity.pipeline.timings import Timings
 from pot_sparsity.report.schema import Iteration
 
 

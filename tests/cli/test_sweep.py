@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from pot_sparsity.cli import main
 from pot_sparsity.data.preprocess import Preprocess
-from pot_sparsity.pipeline.sweep import GRID
+from pot_sparsity.pipeline.sweeping.sweep import GRID
 from pot_sparsity.recipe import Recipe, load_recipe
 from pot_sparsity.report.io import read_report
 from pot_sparsity.report.sweep_io import read_sweep
@@ -157,7 +157,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found = Calls()
-    monkeypatch.setattr("pot_sparsity.pipeline.sweep", found)
+    monkeypatch.setattr("pot_sparsity.pipeline.sweeping.sweep", found)
     monkeypatch.setattr("pot_sparsity.cli_sweep._show", lambda *_: None)
     return found
 

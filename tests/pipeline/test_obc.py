@@ -11,7 +11,7 @@ from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import optimize
-from pot_sparsity.pipeline.probes import level_sparsities
+from pot_sparsity.pipeline.allocation.probes import level_sparsities
 from pot_sparsity.recipe import Recipe, load_recipe
 from tests.pipeline.nets import conv_net, images, plain_net, to_ir
 from tests.pipeline.norm_nets import FORMS, norm_net, tokens

@@ -15,7 +15,7 @@ import pytest
 from pot_sparsity.errors import PotSparsityError
 from pot_sparsity.pipeline import sweep
 from pot_sparsity.pipeline.intake import Sources
-from pot_sparsity.pipeline.sweep_points import ALL
+from pot_sparsity.pipeline.sweeping.sweep_points import ALL
 from pot_sparsity.report.io import read_report
 from pot_sparsity.report.sweep_io import read_sweep, write_sweep
 from pot_sparsity.report.sweep_schema import DenseFigures, Sweep, SweepLayer, SweepPoint

@@ -1,0 +1,1 @@
+"""Bits of weights and activations, chosen layer by layer."""

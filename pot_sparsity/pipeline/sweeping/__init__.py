@@ -1,0 +1,1 @@
+"""The whole trade-off in one run, and models written from it."""

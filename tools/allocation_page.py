@@ -238,6 +238,8 @@ def _summary(lost: Sequence[Contest]) -> list[str]:
         "Where the distance that it minimises is the smaller one, that distance does not rank these models as top-1 "
         "does; elsewhere what single layers do to the output does not add up to what they do together.",
     ]
+    if unknown := _count(lost, "not compared picture by picture"):
+        lines.insert(1, f"{unknown} are not compared picture by picture yet and count as neither.")
     again = [contest.refined for contest in lost if contest.refined is not None]
     if again:
         still = [c for c in lost if c.refined is not None and c.refined.verdict == "behind"]

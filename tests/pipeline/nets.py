@@ -23,7 +23,7 @@ from pot_sparsity.pipeline.reporting import input_specs
 CLASSES = 5
 Array: TypeAlias = NDArray[Any]
 #: Settings that make a run of a small network a matter of tenths of a second.
-QUICK: dict[str, Any] = {"quantization": {"enabled": False}}
+QUICK: dict[str, Any] = {"quantization": {"enabled": False}, "allocation": {"refine": "never"}}
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Float32:

@@ -173,6 +173,14 @@ def test_the_page(network: Any) -> None:
     ]
 
 
+def test_what_is_not_compared_counts_as_neither(network: Any) -> None:
+    closing = pages.closing([pages.Network("net", network.sweep, "", {})])
+    start = closing.index(
+        "Of these 3 differences 0 are within the noise of the pictures, and output distortion is behind in 0."
+    )
+    assert closing[start + 1] == "2 are not compared picture by picture yet and count as neither."
+
+
 def test_where_it_always_wins() -> None:
     alone = made_up(point("output_distortion", 0.7, 90.0), point("lamp", 0.7, 89.0))
     closing = "\n".join(pages.closing([pages.Network("net", alone, "", {})]))

@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Tests run side by side, one for each core: more threads within each would only be in the way.
+PARALLEL := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
 .PHONY: demo test test-all clean
 
 demo: $(VENV)/.installed
@@ -15,7 +18,7 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PARALLEL) $(BIN)/pytest -n auto --dist worksteal
 
 test-all: $(VENV)/.dev-installed
 	$(BIN)/pytest -m ""

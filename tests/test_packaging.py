@@ -89,6 +89,7 @@ def test_the_wheel_holds_every_module_once(built: Path) -> None:
     assert data == {
         "pot_sparsity/py.typed",
         "pot_sparsity/report/report.html",
+        "pot_sparsity/report/sweep.html",
         *configs,
         *(f"pot_sparsity/demo_assets/{name}" for name in assets),
     }

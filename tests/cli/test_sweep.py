@@ -157,7 +157,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found = Calls()
-    monkeypatch.setattr("pot_sparsity.pipeline.sweeping.sweep", found)
+    monkeypatch.setattr("pot_sparsity.pipeline.sweep", found)
     monkeypatch.setattr("pot_sparsity.cli_sweep._show", lambda *_: None)
     return found
 

@@ -2,7 +2,7 @@
 
 from pot_sparsity.data.augment import Augmented
 from pot_sparsity.data.dataset import Batch, Dataset
-from pot_sparsity.data.holdout import filled, split_holdout
+from pot_sparsity.data.holdout import filled, split_holdout, spread
 from pot_sparsity.data.loading import DataSource, load_dataset
 from pot_sparsity.data.preprocess import Preprocess, Resize, load_preprocess
 
@@ -17,4 +17,5 @@ __all__ = [
     "load_dataset",
     "load_preprocess",
     "split_holdout",
+    "spread",
 ]

@@ -45,3 +45,9 @@ def filled(dataset: Dataset, batch: int) -> Dataset:
     """
     count = len(dataset)
     return dataset if count >= batch else dataset.subset(np.resize(np.arange(count, dtype=np.int64), batch))
+
+
+def spread(dataset: Dataset, most: int) -> Dataset:
+    """At most so many of the samples, evenly over all of them."""
+    number = min(len(dataset), most)
+    return dataset.subset(np.linspace(0, len(dataset) - 1, number).astype(np.int64))

@@ -8,14 +8,14 @@ from functools import partial
 
 from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.arrays import Moments
-from pot_sparsity.data import Dataset, filled
+from pot_sparsity.data import Dataset, filled, spread
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.normalization import find_normalizations
 from pot_sparsity.pipeline.allocation.allocate import allocate
 from pot_sparsity.pipeline.allocation.costs import Costs
 from pot_sparsity.pipeline.allocation.exchanges import exchanged
-from pot_sparsity.pipeline.allocation.refine import Trials, refined_curves, spread
+from pot_sparsity.pipeline.allocation.refine import Trials, refined_curves
 from pot_sparsity.pipeline.evaluate import Evaluator
 from pot_sparsity.pipeline.prepare import Prepared
 from pot_sparsity.pipeline.progress import Progress

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx
 import openvino as ov
 
+from pot_sparsity.data import spread
 from pot_sparsity.errors import AccuracyGateError, PotSparsityError
 from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
@@ -155,9 +155,8 @@ class Delivery:
     def _int8_judge(self) -> Evaluator:
         """Calibration samples judge quantizers: ranges have too few degrees of freedom to overfit them."""
         if self._judge_of_int8 is None:
-            number = len(self.job.samples)
-            some = np.linspace(0, number - 1, min(number, _INT8_JUDGES)).astype(np.int64)
-            self._judge_of_int8 = self.job.evaluator(self.job.samples.subset(some), "Judging quantizers")
+            some = spread(self.job.samples, _INT8_JUDGES)
+            self._judge_of_int8 = self.job.evaluator(some, "Judging quantizers")
             self._stack.callback(self._judge_of_int8.close)
         return self._judge_of_int8
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-import numpy as np
-
 from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.arrays import Moments
 from pot_sparsity.algorithms.schedule import cubic_schedule
-from pot_sparsity.data import Dataset, filled
+from pot_sparsity.data import Dataset, filled, spread
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.graph.layers import Layer
 from pot_sparsity.graph.model import Model
@@ -280,8 +278,7 @@ class Run:
         samples = held_out or self.job.fit
         if self.job.recipe.allocation.inputs == "noise":
             return noise_like(samples, most, self.job.recipe.seed)
-        number = min(len(samples), most)
-        return samples.subset(np.linspace(0, len(samples) - 1, number).astype(np.int64))
+        return spread(samples, most)
 
     def _sparsities(self) -> list[float]:
         schedule, target = self.job.recipe.schedule, self.job.recipe.sparsity

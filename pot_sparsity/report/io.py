@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pot_sparsity.errors import UserError
 from pot_sparsity.report.html import render_html
@@ -15,6 +17,8 @@ from pot_sparsity.report.schema import SCHEMA_VERSION, Report
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
+
+Document = TypeVar("Document", bound=BaseModel)
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
@@ -50,22 +54,45 @@ def read_report(path: Path) -> Report:
     UserError
         Missing, not a report, or written by an incompatible version.
     """
-    file = path / JSON_NAME if path.is_dir() else path
+    return read_document(path, JSON_NAME, "report", Report, SCHEMA_VERSION)
+
+
+def read_document(
+    path: Path, name: str, what: str, kind: type[Document], version: str, *, needs: Sequence[str] = ()
+) -> Document:
+    """A validated document, given by its path or that of the folder that has it under ``name``.
+
+    Parameters
+    ----------
+    what
+        What messages call it.
+    kind, version
+        Its schema, and the version of that; the major part has to be the same.
+    needs
+        Keys without which it is something else of that version.
+
+    Raises
+    ------
+    UserError
+        Missing, not such a document, or written by an incompatible version.
+    """
+    file = path / name if path.is_dir() else path
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read report {str(file)!r}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {what} {str(file)!r}: {error.strerror or error}") from None
     except ValueError:
-        raise UserError(f"{str(file)!r} is not a report: it is not JSON") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, str) or version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-        raise UserError(f"{str(file)!r} is not a report of schema version {SCHEMA_VERSION.split('.')[0]}")
+        raise UserError(f"{str(file)!r} is not a {what}: it is not JSON") from None
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    major = version.split(".")[0]
+    if not isinstance(found, str) or found.split(".")[0] != major or any(key not in data for key in needs):
+        raise UserError(f"{str(file)!r} is not a {what} of schema version {major}")
     try:
-        return Report.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{str(file)!r} is not a valid report: {where}: {first['msg']}") from None
+        raise UserError(f"{str(file)!r} is not a valid {what}: {where}: {first['msg']}") from None
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

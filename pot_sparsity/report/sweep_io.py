@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from pot_sparsity.errors import UserError
-from pot_sparsity.report.io import replace_file
+from pot_sparsity.report.io import read_document, replace_file
 from pot_sparsity.report.sweep_page import render_csv, render_page, render_plot
 from pot_sparsity.report.sweep_schema import SWEEP_VERSION, Sweep
 
@@ -48,20 +45,4 @@ def read_sweep(path: Path) -> Sweep:
     UserError
         Missing, not a sweep, or written by an incompatible version.
     """
-    file = path / SWEEP_JSON if path.is_dir() else path
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read sweep {str(file)!r}: {error.strerror or error}") from None
-    except ValueError:
-        raise UserError(f"{str(file)!r} is not a sweep: it is not JSON") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    wanted = SWEEP_VERSION.split(".")[0]
-    if not isinstance(version, str) or version.split(".")[0] != wanted or "points" not in data:
-        raise UserError(f"{str(file)!r} is not a sweep of schema version {wanted}")
-    try:
-        return Sweep.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{str(file)!r} is not a valid sweep: {where}: {first['msg']}") from None
+    return read_document(path, SWEEP_JSON, "sweep", Sweep, SWEEP_VERSION, needs=("points",))

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pot_sparsity.algorithms.allocation.curves import Curve
-from pot_sparsity.algorithms.arrays import Float64, Moments
+from pot_sparsity.algorithms.arrays import Moments
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.graph.model import Model
@@ -123,10 +123,3 @@ def _sparser(trials: Trials, item: DenseLayer, solution: Solution, zeros: int) -
         shrinkage=solution.shrinkage,
     )
     return corrected(current, pruned, trials.moments[name], OneShot("none", bias=True))
-
-
-def spread(samples: Dataset, most: int) -> Dataset:
-    """At most so many of the samples, evenly over all of them."""
-    number = min(len(samples), most)
-    chosen: Float64 = np.linspace(0, len(samples) - 1, number)
-    return samples.subset(chosen.astype(np.int64))

@@ -16,7 +16,7 @@ from pot_sparsity.algorithms.allocation.joint_budgets import solve_joint
 from pot_sparsity.algorithms.arrays import Float64
 from pot_sparsity.algorithms.quantization.activations import ActivationGrid
 from pot_sparsity.algorithms.quantization.choices import DENSE_BITS, BitChoice
-from pot_sparsity.data import Dataset
+from pot_sparsity.data import Dataset, spread
 from pot_sparsity.errors import RecipeError
 from pot_sparsity.graph.fake_quantize import quantize_inputs
 from pot_sparsity.graph.layers import Layer, flops
@@ -304,8 +304,7 @@ def dense_bops(model: Model, dense: Sequence[DenseLayer]) -> float:
 
 def _samples(around: Surroundings) -> Dataset:
     most = sample_number(around.dense, around.moments, len(around.fit), around.recipe)
-    number = min(len(around.fit), max(most, around.prepared.model.batch_size or 1))
-    return around.fit.subset(np.linspace(0, len(around.fit) - 1, number).astype(np.int64))
+    return spread(around.fit, max(most, around.prepared.model.batch_size or 1))
 
 
 def unreachable(budget: float, least: float) -> str:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from pot_sparsity.algorithms.arrays import Float64
-from pot_sparsity.data.dataset import Dataset
+from pot_sparsity.data import Dataset, spread
 from pot_sparsity.engines import get_engine
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.model import Model
 from pot_sparsity.metrics import sample_distances
 from pot_sparsity.pipeline.allocation import refine
 from pot_sparsity.pipeline.allocation.curves import Meter, measure_curves
-from pot_sparsity.pipeline.allocation.refine import BOUNDS, STEP, Trials, refined_curves, spread
+from pot_sparsity.pipeline.allocation.refine import BOUNDS, STEP, Trials, refined_curves
 from pot_sparsity.pipeline.collect import collect_moments
 from pot_sparsity.pipeline.optimize import optimize
 from pot_sparsity.pipeline.prepare import Prepared, prepare

@@ -218,6 +218,29 @@ class FinishSettings(Section):
         description="10^12 floating-point operations that a sweep may take; beyond it the first layers are left out",
     )
 
+    distillation: When = Field(
+        "helps",
+        description="train the kept weights and the biases of all layers together to give the dense network's output, "
+        "on varied samples and without labels; needs JAX, and operators it knows the derivatives of",
+    )
+    epochs: int = Field(
+        30, ge=1, description="times that goes through the samples, as far as its budget allows"
+    )
+    rate: float = Field(
+        0.01,
+        gt=0.0,
+        description="largest step of a weight, in units of the root mean square of its channel's kept weights",
+    )
+    vary: bool = Field(
+        True, description="mirror, shift and mix the samples it sees, as far as the inputs allow it"
+    )
+    distillation_budget: float = Field(
+        40.0,
+        ge=0.0,
+        description="10^12 floating-point operations that it may take; fewer epochs beyond it, none where less than "
+        "three could be had",
+    )
+
     @field_validator("slack")
     @classmethod
     def _between(cls, value: tuple[float, ...]) -> tuple[float, ...]:

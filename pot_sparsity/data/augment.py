@@ -138,16 +138,23 @@ class Augmented:
 
     def _pick(self, position: int, height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and columns of the sample that a copy is made of."""
-        rows, columns = np.arange(height), np.arange(width)
         sample, copy = divmod(position, self._augmentation.factor)
         if copy == 0:
-            return rows, columns
+            return np.arange(height), np.arange(width)
         rng = np.random.default_rng((self._augmentation.seed, sample, copy))
-        flip = rng.random() < 0.5
-        shift = [int(rng.integers(-(side // 8), side // 8 + 1)) for side in (height, width)]
-        if "crop" in self._augmentation.kinds:
-            rows = np.clip(rows + shift[0], 0, height - 1)
-            columns = np.clip(columns + shift[1], 0, width - 1)
-        if "flip" in self._augmentation.kinds and flip:
-            columns = columns[::-1]
-        return rows, columns
+        return pick(rng, height, width, self._augmentation.kinds)
+
+
+def pick(
+    rng: np.random.Generator, height: int, width: int, kinds: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns of a picture that a random copy is made of: mirrored, shifted by up to an eighth, or both."""
+    rows, columns = np.arange(height), np.arange(width)
+    flip = rng.random() < 0.5
+    shift = [int(rng.integers(-(side // 8), side // 8 + 1)) for side in (height, width)]
+    if "crop" in kinds:
+        rows = np.clip(rows + shift[0], 0, height - 1)
+        columns = np.clip(columns + shift[1], 0, width - 1)
+    if "flip" in kinds and flip:
+        columns = columns[::-1]
+    return rows, columns

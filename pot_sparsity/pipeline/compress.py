@@ -255,7 +255,7 @@ def _repaired(
 def _finished(around: Surroundings, best: Compressed, guard: Guard, key: str) -> Compressed:
     """The last steps, on the model as a whole."""
     settings = around.recipe.finish
-    steps = {settings.activations, settings.rescaling} - {"never"}
+    steps = {settings.activations, settings.rescaling, settings.distillation} - {"never"}
     if not steps or (steps == {"helps"} and guard.reached < settings.from_error):
         return best
     finish = Finish(

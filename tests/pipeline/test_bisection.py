@@ -32,7 +32,7 @@ CHEAP: dict[str, Any] = {
     "pruning": {"method": "wanda_refit"},
     "reconstruction": {"input": "dense"},
     "correction": {"differential": "never", "normalization": "never"},
-    "finish": {"activations": "never"},
+    "finish": {"activations": "never", "distillation": "never"},
 }
 
 

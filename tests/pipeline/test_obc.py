@@ -42,7 +42,7 @@ def test_is_as_published() -> None:
     assert (correction.weights, correction.bias) == ("none", False)
     assert (correction.batch_norm, correction.batch_norm_when) == ("reestimate", "always")
     assert (correction.differential, correction.normalization) == ("always", "always")
-    assert (recipe.finish.activations, recipe.finish.rescaling) == ("never", "never")
+    assert {recipe.finish.activations, recipe.finish.rescaling, recipe.finish.distillation} == {"never"}
     assert (recipe.quantization.preset, recipe.quantization.weights) == ("mixed", "obq")
 
 

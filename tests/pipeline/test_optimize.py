@@ -256,7 +256,7 @@ def test_pruning_beats_magnitude_and_the_walk_does_no_harm() -> None:
         pruning={"method": "magnitude"},
         reconstruction={"input": "dense"},
         correction={"bias": False, "differential": "never"},
-        finish={"activations": "never", "rescaling": "never"},
+        finish={"activations": "never", "rescaling": "never", "distillation": "never"},
     )
     distances = []
     for recipe in (plain, settings(0.7)):

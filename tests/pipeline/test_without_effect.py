@@ -28,7 +28,7 @@ def patterned(pattern: str, **settings: Any) -> dict[str, Any]:
         **QUICK,
         "pruning": {"pattern": pattern, "method": "magnitude"},
         "reconstruction": {"input": "dense"},
-        "finish": {"activations": "never"},
+        "finish": {"activations": "never", "distillation": "never"},
         **settings,
     }
 

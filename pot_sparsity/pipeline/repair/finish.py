@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
+from pot_sparsity.errors import ModelError
 from pot_sparsity.graph.model import Model
 from pot_sparsity.pipeline.evaluate import Evaluator, distance
 from pot_sparsity.pipeline.progress import Progress
@@ -27,6 +28,12 @@ RIDGES = (0.03, 0.1, 0.3, 1.0)
 LENGTHS = (1.0, 0.5)
 #: How warnings begin where the second step is not possible.
 NOT_RESCALED = "scales and biases are not tuned against the network's output"
+#: Fewer epochs than this (or than were asked for) do more harm than good.
+EPOCHS = 3
+
+
+class NotDistilled(Exception):
+    """The network cannot be trained, or not for long enough; says why."""
 
 
 class Finish:
@@ -81,6 +88,8 @@ class Finish:
             model, solutions = self._behind_activations(model, solutions, guard)
         if settings.rescaling != "never":
             model, solutions = self._rescaling(model, solutions, guard)
+        if settings.distillation != "never":
+            model, solutions = self._distillation(model, solutions, guard)
         return model, solutions
 
     def _behind_activations(
@@ -174,6 +183,56 @@ class Finish:
                     best = value, trial
         assert best is not None
         return best[1]
+
+    def _distillation(
+        self, model: Model, solutions: dict[str, Solution], guard: Guard
+    ) -> tuple[Model, dict[str, Solution]]:
+        best = self._load("distilled")
+        if best is None:
+            try:
+                best = self._distilled(model, solutions)
+            except (NotDistilled, ModelError) as error:
+                self._recorder.warn(f"the dense network is not distilled: {error}")
+                return model, solutions
+            self._store("distilled", best)
+        written = self._written(model, best)
+        forced = self._recipe.finish.distillation == "always"
+        if guard.keeps("distilled from the dense network's output", written, always=forced):
+            return written, best
+        return model, solutions
+
+    def _distilled(self, model: Model, solutions: dict[str, Solution]) -> dict[str, Solution]:
+        """Solutions after training; raises NotDistilled or NotDifferentiable where that is not possible."""
+        if "detection_overlap" in self._judge.dense.metrics:
+            raise NotDistilled("the order of detections has no derivative")
+        try:
+            from pot_sparsity.pipeline.repair import distillation  # JAX takes a second to load
+        except ModuleNotFoundError as error:
+            raise NotDistilled(f"{error.name} is not installed: pip install jax") from error
+        settings = self._recipe.finish
+        layers = distillation.trainable(self._dense, model, solutions)
+        if not layers:
+            raise NotDistilled("no layer has weights that are real numbers")
+        plan = distillation.plan(
+            model, self._dense, len(self._fit), settings.epochs, settings.distillation_budget * 1e12
+        )
+        if plan.epochs < min(EPOCHS, settings.epochs):
+            raise NotDistilled(
+                f"{settings.distillation_budget:g} TFLOP are less than {EPOCHS} epochs (finish.distillation_budget)"
+            )
+        return distillation.distilled(
+            self._dense_model,
+            model,
+            solutions,
+            layers,
+            self._fit,
+            self._engine,
+            plan,
+            rate=settings.rate,
+            vary=settings.vary,
+            seed=self._recipe.seed,
+            progress=self._progress,
+        )
 
     def _tunables(self) -> list[Tunable]:
         """Layers whose scales and biases are tuned; with a warning if there are none."""

@@ -151,7 +151,7 @@ def at_once(recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe,
         {
             "reconstruction": {"method": "closed_form", "input": "dense"},
-            "finish": {"activations": "never", "rescaling": "never"},
+            "finish": {"activations": "never", "rescaling": "never", "distillation": "never"},
         },
     )
 

@@ -339,7 +339,7 @@ def test_the_recipes_are_as_published() -> None:
         assert (recipe.pruning.method, recipe.pruning.unfused) == ("magnitude", True)
         assert recipe.correction.bias is False
         assert {recipe.correction.differential, recipe.correction.normalization} == {"never"}
-        assert {recipe.finish.activations, recipe.finish.rescaling} == {"never"}
+        assert {recipe.finish.activations, recipe.finish.rescaling, recipe.finish.distillation} == {"never"}
         assert not recipe.quantization.enabled
 
 

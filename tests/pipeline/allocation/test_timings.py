@@ -40,7 +40,7 @@ def recipe(budget: dict[str, float], method: str = "output_distortion", **sectio
             "pruning": {"method": "wanda_refit"},
             "reconstruction": {"input": "dense"},
             "correction": {"differential": "never", "normalization": "never"},
-            "finish": {"activations": "never"},
+            "finish": {"activations": "never", "distillation": "never"},
             "budget": budget,
             "allocation": {"method": method, "levels": 3, "samples": 24},
             **sections,

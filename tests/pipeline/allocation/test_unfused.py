@@ -25,6 +25,7 @@ QUICKLY = [
     "reconstruction.input=dense",
     "correction.differential=never",
     "finish.activations=never",
+    "finish.distillation=never",
     "quantization.enabled=false",
 ]
 

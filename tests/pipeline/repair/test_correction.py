@@ -37,7 +37,7 @@ WIDE = {"clip": [1e-3, 1e3]}
 #: Layers are fitted to their own output on the masks they have, and nothing comes after the corrections.
 PLAIN: dict[str, Any] = {
     "reconstruction": {"masks": "kept", "target": "layer"},
-    "finish": {"activations": "never", "rescaling": "never"},
+    "finish": {"activations": "never", "rescaling": "never", "distillation": "never"},
 }
 
 
@@ -372,7 +372,7 @@ def test_decisions_of_a_run_without_the_finish() -> None:
 def test_decisions_of_a_default_run() -> None:
     found = decided(run(reconstruction={}, finish={}))
     refits = [f"refit behind the activations, slack {slack}" for slack in ("0.15", "0.3")]
-    assert list(found) == [*CORRECTIONS, *refits]
+    assert list(found) == [*CORRECTIONS, *refits, "distilled from the dense network's output"]
     assert found[refits[0]].before == min(found[what].after for what in CORRECTIONS if found[what].kept)  # type: ignore[type-var]
 
 

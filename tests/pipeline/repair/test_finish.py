@@ -116,8 +116,8 @@ def pruned(dense: Sequence[DenseLayer], part: float) -> dict[str, Solution]:
 
 
 def run(net: Any, data: Any, sparsity: float = 0.7, engine: Any = "openvino", **finish: Any) -> Result:
-    """With both steps of the finish, however near the model already is, unless ``finish`` says otherwise."""
-    settings = {"from_error": 0.0, "rescaling": "helps", **finish}
+    """With the first two steps of the finish, however near the model already is, unless ``finish`` says otherwise."""
+    settings = {"from_error": 0.0, "rescaling": "helps", "distillation": "never", **finish}
     recipe = validate_recipe({"sparsity": sparsity, **QUICK, "finish": settings})
     return optimize(net, data, recipe=recipe, engine=engine, baseline_int8=False, measure_latency=False)
 
@@ -395,7 +395,14 @@ class Stop(Silent):
 
 
 def kept(folder: Path, net: onnx.ModelProto, **named: Any) -> Result:
-    finish = {"from_error": 0.0, "rescaling": "helps", "slack": [0.3, 0.6], "sweeps": 2, "samples": 24}
+    finish = {
+        "from_error": 0.0,
+        "rescaling": "helps",
+        "slack": [0.3, 0.6],
+        "sweeps": 2,
+        "samples": 24,
+        "distillation": "never",
+    }
     others = {"allocation": {"method": "lamp"}, "pruning": {"method": "magnitude_refit"}}
     recipe = validate_recipe({"sparsity": 0.7, **QUICK, **others, "finish": finish})
     return optimize(

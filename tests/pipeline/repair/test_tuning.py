@@ -46,7 +46,7 @@ def recipe(inputs: str = "dense", sparsity: float = 0.6, **sections: Any) -> Rec
             "pruning": {"method": "magnitude"},
             "reconstruction": tuning,
             "correction": correction,
-            "finish": {"activations": "never", "rescaling": "never"},
+            "finish": {"activations": "never", "rescaling": "never", "distillation": "never"},
             **QUICK,
             **sections,
         }

@@ -48,7 +48,7 @@ PLAIN: dict[str, Any] = {
     "pruning": {"method": "wanda_refit"},
     "reconstruction": {"input": "dense"},
     "correction": {"differential": "never", "normalization": "never"},
-    "finish": {"activations": "never"},
+    "finish": {"activations": "never", "distillation": "never"},
 }
 
 
@@ -585,7 +585,10 @@ def test_a_stitched_model_with_its_statistics_corrected() -> None:
 
 def written(net: onnx.ModelProto, sparsity: float, **named: Any) -> bytes:
     """What a run with curves and a walk through the network delivers."""
-    sections = {"allocation": {"levels": 3, "refine": "never"}, "finish": {"activations": "never"}}
+    sections = {
+        "allocation": {"levels": 3, "refine": "never"},
+        "finish": {"activations": "never", "distillation": "never"},
+    }
     settings = validate_recipe({"sparsity": sparsity, **QUICK, **sections})
     result = optimize(net, images(48), recipe=settings, measure_latency=False, baseline_int8=False, **named)
     assert isinstance(result.model, onnx.ModelProto)

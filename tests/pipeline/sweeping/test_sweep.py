@@ -291,6 +291,7 @@ def test_a_point_is_written_with_its_zeros(swept: Path, tmp_path: Path) -> None:
         "wanda_refit",
     )
     assert (recipe.reconstruction.input, recipe.finish.activations) == ("dense", "never")
+    assert recipe.finish.distillation == "never"
     before = next(variant for variant in result.report.variants if variant.name == "sparse").metrics
     assert (
         before["sqnr"] >= point.metrics["sqnr"] - 0.5

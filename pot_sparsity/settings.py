@@ -223,19 +223,25 @@ class FinishSettings(Section):
         description="train the kept weights and the biases of all layers together to give the dense network's output, "
         "on varied samples and without labels; needs JAX, and operators it knows the derivatives of",
     )
+    distill_from: float = Field(
+        0.005,
+        ge=0.0,
+        description="the same as from_error, for distillation: it has more to gain on near models",
+    )
     epochs: int = Field(
-        30, ge=1, description="times that goes through the samples, as far as its budget allows"
+        25, ge=1, description="times it goes through the samples, as far as its budget allows"
     )
     rate: float = Field(
-        0.01,
+        0.04,
         gt=0.0,
-        description="largest step of a weight, in units of the root mean square of its channel's kept weights",
+        description="largest step of a weight, in units of the root mean square of its channel's kept weights, for an "
+        "output that is all wrong; smaller in proportion to its error",
     )
     vary: bool = Field(
         True, description="mirror, shift and mix the samples it sees, as far as the inputs allow it"
     )
     distillation_budget: float = Field(
-        40.0,
+        20.0,
         ge=0.0,
         description="10^12 floating-point operations that it may take; fewer epochs beyond it, none where less than "
         "three could be had",

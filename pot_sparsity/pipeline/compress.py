@@ -29,7 +29,7 @@ from pot_sparsity.pipeline.repair.correction import (
     check_dense,
     correct_pruned,
 )
-from pot_sparsity.pipeline.repair.finish import Finish
+from pot_sparsity.pipeline.repair.finish import Finish, due
 from pot_sparsity.pipeline.repair.sequential import Walker, walk
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, prune_layers
@@ -254,13 +254,13 @@ def _repaired(
 
 def _finished(around: Surroundings, best: Compressed, guard: Guard, key: str) -> Compressed:
     """The last steps, on the model as a whole."""
-    settings = around.recipe.finish
-    steps = {settings.activations, settings.rescaling, settings.distillation} - {"never"}
-    if not steps or (steps == {"helps"} and guard.reached < settings.from_error):
+    steps = due(around.recipe.finish, guard.reached)
+    if not steps:
         return best
     finish = Finish(
         around.prepared.model,
         around.dense,
+        {name: moments.count for name, moments in around.moments.items()},
         around.fit,
         around.judge,
         around.engine,
@@ -273,7 +273,7 @@ def _finished(around: Surroundings, best: Compressed, guard: Guard, key: str) ->
     )
     with around.recorder.stage("finish") as note:
         note.before = guard.metrics
-        model, solutions = finish(best.model, best.solutions, guard)
+        model, solutions = finish(best.model, best.solutions, guard, steps)
         note.after = guard.metrics
     return replace(best, model=model, solutions=solutions)
 

@@ -40,6 +40,11 @@ BATCH = (64, 8)
 ACTIVATIONS = 2**28
 #: Runs of the network that a step on one sample costs: sparse forward, twice that backward, dense forward.
 PASSES = 4
+#: Operations that take as long as what a step does to one element of an activation: elementwise operators, pools and
+#: depthwise convolutions wait for memory.
+PER_ELEMENT = 300
+#: Inputs per column that a layer must have seen to be trained.
+FEW = 4
 #: A channel's step is at least this part of its layer's.
 FLOOR = 0.1
 #: Added to the deviation of a gradient, whose square is nothing below the root of the smallest float32.
@@ -63,13 +68,13 @@ class Plan:
 def plan(model: Model, dense: Sequence[DenseLayer], samples: int, epochs: int, budget: float) -> Plan:
     """As many of the ``epochs`` as ``budget`` floating-point operations pay for, in steps that fit into memory.
 
-    Layers whose sizes are not known count as free of cost; so do the activations behind them.
+    Layers and activations whose sizes are not known count as free of cost.
     """
     graph = model.graph
-    cost = PASSES * sum(flops(item.layer, graph) or 0 for item in dense) * samples
-    affordable = epochs if cost == 0 else min(epochs, int(budget / cost))
-    most, least = BATCH
     elements = max(1, _elements(graph))
+    cost = (PASSES * sum(flops(item.layer, graph) or 0 for item in dense) + PER_ELEMENT * elements) * samples
+    affordable = min(epochs, int(budget / cost))
+    most, least = BATCH
     batch = model.batch_size or max(least, min(most, ACTIVATIONS // elements))
     return Plan(affordable, batch)
 
@@ -87,13 +92,23 @@ def _elements(graph: Graph) -> int:
     return total
 
 
-def trainable(dense: Sequence[DenseLayer], model: Model, solutions: Mapping[str, Solution]) -> list[Layer]:
-    """Layers whose weights are real numbers in the model: no grid, no integers behind a scale."""
+def trainable(
+    dense: Sequence[DenseLayer],
+    model: Model,
+    solutions: Mapping[str, Solution],
+    seen: Mapping[str, float],
+) -> list[Layer]:
+    """Layers whose weights are real numbers in the model, with no grid and no integers behind a scale.
+
+    Left out are those that have ``seen`` fewer than :data:`FEW` inputs per column, as classifiers of many classes do
+    behind a global pooling: they would learn the samples by heart.
+    """
     graph = model.graph
     return [
         item.layer
         for item in dense
         if solutions[item.layer.name].scale is None
+        and seen[item.layer.name] >= FEW * item.layer.cols
         and all(graph.node(name).op in MOVES | {"Convert"} for name in item.layer.chain)
         and graph.value(item.layer.constant).dtype.kind == "f"
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
 from pot_sparsity.errors import ModelError
@@ -22,6 +24,7 @@ from pot_sparsity.pipeline.repair.rescale import (
 from pot_sparsity.pipeline.runfolder import RunFolder
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, apply, pack, unpack
 from pot_sparsity.recipe import Recipe
+from pot_sparsity.settings import FinishSettings
 
 #: Dampings and lengths of a Gauss-Newton step that the held-out samples choose from.
 RIDGES = (0.03, 0.1, 0.3, 1.0)
@@ -36,6 +39,20 @@ class NotDistilled(Exception):
     """The network cannot be trained, or not for long enough; says why."""
 
 
+def due(settings: FinishSettings, reached: float) -> list[str]:
+    """Steps to take at this distance to the dense model: those forced, and those that have something to gain there."""
+    bounds = {
+        "activations": (settings.activations, settings.from_error),
+        "rescaling": (settings.rescaling, settings.from_error),
+        "distillation": (settings.distillation, settings.distill_from),
+    }
+    return [
+        step
+        for step, (when, bound) in bounds.items()
+        if when == "always" or (when == "helps" and reached >= bound)
+    ]
+
+
 class Finish:
     """Improves a sparse model against the dense one.
 
@@ -45,6 +62,8 @@ class Finish:
         The prepared model; the sparse ones have the same structure.
     dense
         The dense layers that take part.
+    seen
+        How many inputs each layer's moments were taken from.
     fit
         Samples to fit to.
     judge
@@ -57,6 +76,7 @@ class Finish:
         self,
         dense_model: Model,
         dense: Sequence[DenseLayer],
+        seen: Mapping[str, float],
         fit: Dataset,
         judge: Evaluator,
         engine: Engine,
@@ -69,6 +89,7 @@ class Finish:
     ) -> None:
         self._dense_model = dense_model
         self._dense = dense
+        self._seen = seen
         self._fit = fit
         self._judge = judge
         self._engine = engine
@@ -80,16 +101,16 @@ class Finish:
         self._key = key
 
     def __call__(
-        self, model: Model, solutions: dict[str, Solution], guard: Guard
+        self, model: Model, solutions: dict[str, Solution], guard: Guard, steps: Sequence[str]
     ) -> tuple[Model, dict[str, Solution]]:
-        """All steps the recipe asks for; returns the best model and what is written into it."""
-        settings = self._recipe.finish
-        if settings.activations != "never":
-            model, solutions = self._behind_activations(model, solutions, guard)
-        if settings.rescaling != "never":
-            model, solutions = self._rescaling(model, solutions, guard)
-        if settings.distillation != "never":
-            model, solutions = self._distillation(model, solutions, guard)
+        """The named ``steps``, in order (see :func:`due`); returns the best model and what is written into it."""
+        known = {
+            "activations": self._behind_activations,
+            "rescaling": self._rescaling,
+            "distillation": self._distillation,
+        }
+        for step in steps:
+            model, solutions = known[step](model, solutions, guard)
         return model, solutions
 
     def _behind_activations(
@@ -190,7 +211,7 @@ class Finish:
         best = self._load("distilled")
         if best is None:
             try:
-                best = self._distilled(model, solutions)
+                best = self._distilled(model, solutions, guard.reached)
             except (NotDistilled, ModelError) as error:
                 self._recorder.warn(f"the dense network is not distilled: {error}")
                 return model, solutions
@@ -201,7 +222,7 @@ class Finish:
             return written, best
         return model, solutions
 
-    def _distilled(self, model: Model, solutions: dict[str, Solution]) -> dict[str, Solution]:
+    def _distilled(self, model: Model, solutions: dict[str, Solution], reached: float) -> dict[str, Solution]:
         """Solutions after training; raises NotDistilled or NotDifferentiable where that is not possible."""
         if "detection_overlap" in self._judge.dense.metrics:
             raise NotDistilled("the order of detections has no derivative")
@@ -210,9 +231,9 @@ class Finish:
         except ModuleNotFoundError as error:
             raise NotDistilled(f"{error.name} is not installed: pip install jax") from error
         settings = self._recipe.finish
-        layers = distillation.trainable(self._dense, model, solutions)
+        layers = distillation.trainable(self._dense, model, solutions, self._seen)
         if not layers:
-            raise NotDistilled("no layer has weights that are real numbers")
+            raise NotDistilled("no layer has real weights and has seen enough samples")
         plan = distillation.plan(
             model, self._dense, len(self._fit), settings.epochs, settings.distillation_budget * 1e12
         )
@@ -228,7 +249,7 @@ class Finish:
             self._fit,
             self._engine,
             plan,
-            rate=settings.rate,
+            rate=settings.rate * float(np.sqrt(reached)),
             vary=settings.vary,
             seed=self._recipe.seed,
             progress=self._progress,

@@ -81,7 +81,9 @@ class Pruned:
     def trained(self, samples: AnyArray, how_long: Plan, **named: Any) -> dict[str, Solution]:
         model = self.written(self.solutions)
         settings: dict[str, Any] = {"rate": RATE, "vary": False, "seed": 0, "progress": Silent(), **named}
-        layers = settings.pop("layers", None) or trainable(self.dense, model, self.solutions)
+        layers = settings.pop("layers", None) or trainable(
+            self.dense, model, self.solutions, plenty(self.dense)
+        )
         return distilled(
             self.dense_model,
             model,
@@ -92,6 +94,11 @@ class Pruned:
             how_long,
             **settings,
         )
+
+
+def plenty(dense: list[DenseLayer]) -> dict[str, float]:
+    """Every layer has seen just enough inputs."""
+    return {item.layer.name: 4 * item.layer.cols for item in dense}
 
 
 def output(model: Model, x: AnyArray, engine: Any = "openvino") -> Float64:
@@ -179,12 +186,19 @@ def test_layers_on_a_grid_stay_as_they_are() -> None:
     grid = np.full(pruned.solutions[name].weight.shape[:2], 0.1)
     pruned.solutions[name] = replace(pruned.solutions[name], scale=grid)
     model = pruned.written(pruned.solutions)
-    layers = trainable(pruned.dense, model, pruned.solutions)
+    layers = trainable(pruned.dense, model, pruned.solutions, plenty(pruned.dense))
     assert layers == [pruned.dense[1].layer]
     found = pruned.trained(images(24), Plan(2, 8))
     assert found[name] is pruned.solutions[name]
     other = pruned.dense[1].layer.name
     assert not np.array_equal(found[other].weight, pruned.solutions[other].weight)
+
+
+def test_layers_that_have_seen_too_little_stay_as_they_are() -> None:
+    pruned = Pruned.of(plain_net(), 0.8)
+    first, second = (item.layer for item in pruned.dense)
+    seen = plenty(pruned.dense) | {first.name: 4 * first.cols - 1}
+    assert trainable(pruned.dense, pruned.dense_model, pruned.solutions, seen) == [second]
 
 
 def test_integers_behind_a_scale_are_not_trained() -> None:
@@ -203,7 +217,7 @@ def test_integers_behind_a_scale_are_not_trained() -> None:
     ]
     pruned = Pruned.of(proto(nodes, constants, ["n", 6]), 0.5)
     assert [item.layer.name for item in pruned.dense] == ["a", "y"]
-    layers = trainable(pruned.dense, pruned.dense_model, pruned.solutions)
+    layers = trainable(pruned.dense, pruned.dense_model, pruned.solutions, plenty(pruned.dense))
     assert [layer.name for layer in layers] == ["y"]
 
 
@@ -431,9 +445,11 @@ FLOPS = 2 * (7 * 6 + 2 * 6 * 6 + 6 * 4)
 ELEMENTS = 6 * 6 + 4
 
 
-@pytest.mark.parametrize(
-    ("budget", "epochs"), [(1e12, 30), (4 * FLOPS * 10 * 5.5, 5), (4 * FLOPS * 10 * 0.99, 0), (0.0, 0)]
-)
+#: What an epoch of ten samples costs: four passes, and the memory that each element of an activation waits for.
+EPOCH = 10 * (4 * FLOPS + 300 * ELEMENTS)
+
+
+@pytest.mark.parametrize(("budget", "epochs"), [(1e12, 30), (EPOCH * 5.5, 5), (EPOCH * 0.99, 0), (0.0, 0)])
 def test_a_budget_pays_for_so_many_epochs(budget: float, epochs: int) -> None:
     pruned = Pruned.of(shared_net(), 0.0)
     assert plan(pruned.dense_model, pruned.dense, 10, 30, budget) == Plan(epochs, 64)
@@ -452,7 +468,7 @@ def test_steps_fit_into_memory(memory: int, batch: int, monkeypatch: pytest.Monk
 
 
 def run(net: Any, data: Any, sparsity: float = 0.7, **finish: Any) -> Result:
-    settings = {"from_error": 0.0, "activations": "never", **finish}
+    settings = {"distill_from": 0.0, "activations": "never", **finish}
     others = {"allocation": {"method": "magnitude"}, "correction": {"differential": "never"}}
     recipe = validate_recipe({"sparsity": sparsity, **QUICK, **others, "finish": settings})
     return optimize(net, data, recipe=recipe, baseline_int8=False, measure_latency=False)
@@ -568,7 +584,7 @@ class Stop(Silent):
 
 
 def kept(folder: Path, **named: Any) -> Result:
-    finish = {"from_error": 0.0, "activations": "never", "epochs": 3, "distillation": "always"}
+    finish = {"distill_from": 0.0, "activations": "never", "epochs": 3, "distillation": "always"}
     others = {"allocation": {"method": "lamp"}, "pruning": {"method": "magnitude_refit"}}
     recipe = validate_recipe({"sparsity": 0.7, **QUICK, **others, "finish": finish})
     return optimize(

@@ -8,6 +8,7 @@ which has a rule in :mod:`pot_sparsity.engines.jax_operators`.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ from pot_sparsity.graph.openvino_nodes import dtype_of, is_static, read_constant
 
 #: A tensor inside the model: instance id of the node that computes it, and the output port.
 _Key = tuple[int, int]
+
+
+def limit_threads(threads: int) -> None:
+    """Let XLA use so many threads; without effect in a process that has used JAX before, or that sets ``NPROC``."""
+    os.environ.setdefault("NPROC", str(threads))
 
 
 class NotDifferentiable(ModelError):

@@ -155,11 +155,9 @@ _RESNET20 = "resnet20_akamaster_cifar10"
 _MOBILENET = "mobilenet_v1_025"
 _PICTURES = (_MOBILENET, "squeezenet1_1", "mobilenet_v2_100_dequant")
 _PERFORMANCE = "quantization.preset=performance"
+_ALLOCATIONS = ("l2_normalized_magnitude", "uniform", "magnitude", "lamp", "erk")
 _COMPARED = (
-    *(
-        f"allocation.method={name}"
-        for name in ("l2_normalized_magnitude", "uniform", "magnitude", "lamp", "erk")
-    ),
+    *(f"allocation.method={name}" for name in _ALLOCATIONS),
     *(f"pruning.method={name}" for name in ("magnitude", "magnitude_refit", "exact_obs")),
     "reconstruction.input=dense",
     "correction.differential=never",
@@ -171,7 +169,8 @@ _METHODS: tuple[str, ...] = (
 )
 _CIFAR = (_RESNET20, "resnet20b_distiller_cifar10", "resnet56_akamaster_cifar10")
 _PARTS = ("0.5", "0.3333", "0.25")
-_NO_FINISH = ("finish.activations=never",)
+_NO_DISTILLATION = "finish.distillation=never"
+_NO_FINISH = ("finish.activations=never", _NO_DISTILLATION)
 _STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "allocation, magnitude",
@@ -195,8 +194,9 @@ _STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("+ masks solved again, block targets", (_L2, "correction.differential=never", *_NO_FINISH)),
     ("+ correction", (_L2, *_NO_FINISH)),
-    ("+ finish", (_L2,)),
-    ("+ allocation by output distortion", ()),
+    ("+ refit behind the activations", (_L2, _NO_DISTILLATION)),
+    ("+ allocation by output distortion", (_NO_DISTILLATION,)),
+    ("+ distillation", ()),
 )
 _OBQ = ("quantization.weights=obq",)
 _OBQ4 = (*_OBQ, "quantization.weight_bits=4")
@@ -287,17 +287,29 @@ SECTIONS = (
     ),
     Section(
         "What each step contributes",
-        f"{_RESNET20} at 80 and 90 %, one step after the other switched on: zeros allocated by L2-normalised "
+        f"{_RESNET20} at 90 %, one step after the other switched on: zeros allocated by L2-normalised "
         "magnitude, the smallest weights removed and biases corrected; then chosen and set by ADMM; then each layer "
         "fitted to the sparse model's own inputs, on the same masks, then with masks solved again and residual "
-        "blocks as targets; then means and deviations corrected; then the finish; then zeros allocated by output "
-        "distortion, which is the default.",
+        "blocks as targets; then means and deviations corrected; then fitted behind their activations; then zeros "
+        "allocated by output distortion; then all layers trained together to give the dense output, which is the "
+        "default.",
+        tuple(Experiment(_RESNET20, 90, settings=settings, bare=True) for _, settings in _STEPS),
+        (Column("steps", _step),),
+        compact=True,
+    ),
+    Section(
+        "Allocations",
+        "The same solver, reconstruction and correction behind every allocation; the finish is off, so that it cannot "
+        "make up for what an allocation has done.",
         tuple(
-            Experiment(_RESNET20, percent, settings=settings, bare=True)
-            for percent in (80, 90)
-            for _, settings in _STEPS
+            Experiment(_RESNET20, percent, settings=(*allocation, *_NO_FINISH), bare=True)
+            for percent in (70, 80, 90)
+            for allocation in ((), *((f"allocation.method={name}",) for name in _ALLOCATIONS))
         ),
-        (Column("zeros", lambda experiment: f"{experiment.percent} %"), Column("steps", _step)),
+        (
+            Column("zeros", lambda experiment: f"{experiment.percent} %"),
+            Column("allocation", lambda e: _setting(e, "allocation.method") or "output_distortion"),
+        ),
         compact=True,
     ),
     Section(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.algorithms.pruning.registry import SOLVERS
 from pot_sparsity.cli_options import build_recipe
 from pot_sparsity.recipe import load_recipe
@@ -80,13 +81,23 @@ def test_methods_patterns_and_bits_are_all_there(section: Any) -> None:
 
 def test_steps_are_switched_on_one_after_the_other() -> None:
     (section,) = (section for section in sections.SECTIONS if section.title.startswith("What each step"))
-    for percent in (80, 90):
-        recipes = [recipe_of(e) for e in section.experiments if e.percent == percent]
-        assert len({recipe.dump() for recipe in recipes}) == len(recipes)
-        first, last = recipes[0], recipes[-1]
-        assert (first.pruning.method, first.reconstruction.input) == ("magnitude", "dense")
-        assert (first.correction.differential, first.finish.activations) == ("never", "never")
-        assert last == load_recipe(None, [f"sparsity={percent / 100}"])
+    recipes = [recipe_of(e) for e in section.experiments]
+    assert len({recipe.dump() for recipe in recipes}) == len(recipes)
+    first, last = recipes[0], recipes[-1]
+    assert (first.pruning.method, first.reconstruction.input) == ("magnitude", "dense")
+    assert (first.correction.differential, first.finish.activations) == ("never", "never")
+    assert [recipe.finish.distillation for recipe in recipes] == ["never"] * (len(recipes) - 1) + ["helps"]
+    assert last == load_recipe(None, ["sparsity=0.9"])
+
+
+def test_allocations_are_compared_with_all_else_equal() -> None:
+    (section,) = (section for section in sections.SECTIONS if section.title == "Allocations")
+    recipes = [recipe_of(experiment) for experiment in section.experiments]
+    for percent in (70, 80, 90):
+        compared = [recipe for recipe in recipes if recipe.sparsity == percent / 100]
+        assert {recipe.allocation.method for recipe in compared} == {*ALLOCATIONS, "output_distortion"}
+        others = {recipe.model_copy(update={"allocation": None}).model_dump_json() for recipe in compared}
+        assert len(others) == 1
 
 
 def test_commands_can_be_typed() -> None:

@@ -19,7 +19,7 @@ from pot_sparsity.algorithms.arrays import AnyArray, Float64
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.data.drawing import Drawn
 from pot_sparsity.engines.base import Engine
-from pot_sparsity.engines.jax_engine import DifferentiableModel, NotDifferentiable
+from pot_sparsity.engines.jax_engine import DifferentiableModel, NotDifferentiable, limit_threads
 from pot_sparsity.errors import ModelError
 from pot_sparsity.graph.chains import MOVES
 from pot_sparsity.graph.graph import Graph
@@ -27,7 +27,7 @@ from pot_sparsity.graph.layers import Layer, flops
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.weights import read_bias, read_weight, write_bias, write_weight
 from pot_sparsity.pipeline.evaluate import float_outputs
-from pot_sparsity.pipeline.progress import Progress
+from pot_sparsity.pipeline.progress import Progress, track
 from pot_sparsity.pipeline.solve import DenseLayer, Solution
 
 #: Decay of Adam's means of the gradient and of its square.
@@ -110,7 +110,7 @@ def trainable(
         if solutions[item.layer.name].scale is None
         and seen[item.layer.name] >= FEW * item.layer.cols
         and all(graph.node(name).op in MOVES | {"Convert"} for name in item.layer.chain)
-        and graph.value(item.layer.constant).dtype.kind == "f"
+        and graph.value(item.layer.constant).dtype in (np.float32, np.float16)
     ]
 
 
@@ -126,6 +126,7 @@ def distilled(
     rate: float,
     vary: bool,
     seed: int,
+    threads: int,
     progress: Progress,
 ) -> dict[str, Solution]:
     """Train a sparse model's weights and biases against the dense model's output.
@@ -154,6 +155,7 @@ def distilled(
     ModelError
         The steps were so large that a weight is no finite number of its stored type.
     """
+    limit_threads(threads)
     steps = _steps(model, layers)
     try:
         network = DifferentiableModel(model.extract(), plan.batch, list(steps))
@@ -172,24 +174,19 @@ def distilled(
     )
     with Drawn(fit, vary=vary, seed=seed) as samples:
         total = plan.epochs * max(1, len(fit) // plan.batch)
-        progress.start("Distilling the dense network", total)
-        done = 0
-        for _ in range(plan.epochs):
-            for batch in samples.epoch(plan.batch):
-                feeds = {tensor: batch[name] for tensor, name in names.items()}
-                found = teacher.run({tensor: feeds[tensor] for tensor in teacher.inputs})
-                targets = [found[name] for name in wanted]
-                done += 1
-                values, state, _ = step(
-                    values,
-                    state,
-                    [_single(feeds[tensor]) for tensor in runnable_inputs],
-                    targets,
-                    rate * _share(done, total),
-                    float(done),
-                )
-                progress.advance()
-        progress.finish()
+        batches = (batch for _ in range(plan.epochs) for batch in samples.epoch(plan.batch))
+        shown = track(batches, progress, "Distilling the dense network", total)
+        for done, batch in enumerate(shown, 1):
+            feeds = {tensor: batch[name] for tensor, name in names.items()}
+            found = teacher.run({tensor: feeds[tensor] for tensor in teacher.inputs})
+            values, state, _ = step(
+                values,
+                state,
+                [_single(feeds[tensor]) for tensor in runnable_inputs],
+                [found[name] for name in wanted],
+                rate * _share(done, total),
+                float(done),
+            )
     return _read(model, solutions, layers, {name: np.asarray(value) for name, value in values.items()})
 
 

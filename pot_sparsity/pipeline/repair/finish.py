@@ -233,7 +233,7 @@ class Finish:
         settings = self._recipe.finish
         layers = distillation.trainable(self._dense, model, solutions, self._seen)
         if not layers:
-            raise NotDistilled("no layer has real weights and has seen enough samples")
+            raise NotDistilled("no layer has float32 or float16 weights and has seen enough samples")
         plan = distillation.plan(
             model, self._dense, len(self._fit), settings.epochs, settings.distillation_budget * 1e12
         )
@@ -252,6 +252,7 @@ class Finish:
             rate=settings.rate * float(np.sqrt(reached)),
             vary=settings.vary,
             seed=self._recipe.seed,
+            threads=self._threads,
             progress=self._progress,
         )
 

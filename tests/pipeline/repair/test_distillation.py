@@ -80,7 +80,14 @@ class Pruned:
 
     def trained(self, samples: AnyArray, how_long: Plan, **named: Any) -> dict[str, Solution]:
         model = self.written(self.solutions)
-        settings: dict[str, Any] = {"rate": RATE, "vary": False, "seed": 0, "progress": Silent(), **named}
+        settings: dict[str, Any] = {
+            "rate": RATE,
+            "vary": False,
+            "seed": 0,
+            "threads": 2,
+            "progress": Silent(),
+            **named,
+        }
         layers = settings.pop("layers", None) or trainable(
             self.dense, model, self.solutions, plenty(self.dense)
         )

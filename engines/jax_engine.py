@@ -143,7 +143,7 @@ class DifferentiableModel:
             ]
             try:
                 results = step.rule(operation, operands)
-            except NotImplementedError as error:
+            except (NotImplementedError, TypeError, ValueError, KeyError, IndexError) as error:
                 missing.add(f"{operation.kind} ({error})" if str(error) else operation.kind)
                 return expected
             listed = results if isinstance(results, list) else [results]

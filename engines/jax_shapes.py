@@ -264,6 +264,7 @@ SHAPES: dict[str, Rule] = {
     "Interpolate": _interpolate,
     "OneHot": _one_hot,
     "Pad": _pad,
+    "Identity": _reshape,
     "Reshape": _reshape,
     "ShuffleChannels": _shuffle_channels,
     "Slice": _slice,

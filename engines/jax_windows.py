@@ -241,8 +241,8 @@ def _max_pool(operation: Operation, operands: Sequence[Operand]) -> list[jax.Arr
     x, attributes = jnp.asarray(operands[0]), operation.attributes
     kernel, strides = tuple(attributes["kernel"]), tuple(attributes["strides"])
     dilations = tuple(attributes.get("dilations") or [1] * len(kernel))
-    if prod(kernel) > _SLICED_WINDOW:
-        return [_slide(operation, x, -np.inf, lax.max)]
+    if prod(kernel) > _SLICED_WINDOW and max(dilations) == 1:
+        return [_slide(operation, x, -np.inf, lax.max)]  # whose derivative XLA knows without dilation only
     padding = _padding(operation, x.shape[2:], kernel, dilations)
     padded = jnp.pad(x, ((0, 0), (0, 0), *padding), constant_values=-np.inf)
     return [_peaks(padded, tuple(operation.shape[2:]), kernel, strides, dilations)]

@@ -7,7 +7,10 @@ before the softmax as in Ba & Caruana 2014, "Do deep nets really need to be deep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,8 +37,10 @@ from pot_sparsity.pipeline.solve import DenseLayer, Solution
 DECAYS = (0.9, 0.999)
 #: Steps on which the rate rises to its full value; from there it falls along a half cosine.
 WARM_UP = 20
-#: Samples of a step, at most and at least.
-BATCH = (64, 8)
+#: Samples of a step, at most.
+BATCH = 64
+#: Steps after which the error is looked at: training that has diverged ends there.
+LOOK = 50
 #: Elements of all activations of a step, at most: they are kept until their derivatives are known.
 ACTIVATIONS = 2**28
 #: Runs of the network that a step on one sample costs: sparse forward, twice that backward, dense forward.
@@ -65,18 +70,20 @@ class Plan:
     batch: int
 
 
-def plan(model: Model, dense: Sequence[DenseLayer], samples: int, epochs: int, budget: float) -> Plan:
+def plan(
+    model: Model, dense: Sequence[DenseLayer], samples: int, epochs: int, budget: float, most: int = BATCH
+) -> Plan:
     """As many of the ``epochs`` as ``budget`` floating-point operations pay for, in steps that fit into memory.
+
+    A step takes ``most`` samples at most, a model with a fixed batch exactly that.
 
     Layers and activations whose sizes are not known count as free of cost.
     """
     graph = model.graph
     elements = max(1, _elements(graph))
     cost = (PASSES * sum(flops(item.layer, graph) or 0 for item in dense) + PER_ELEMENT * elements) * samples
-    affordable = min(epochs, int(budget / cost))
-    most, least = BATCH
-    batch = model.batch_size or max(least, min(most, ACTIVATIONS // elements))
-    return Plan(affordable, batch)
+    batch = model.batch_size or max(1, min(most, ACTIVATIONS // elements))
+    return Plan(int(min(epochs, budget / cost)), batch)
 
 
 def _elements(graph: Graph) -> int:
@@ -157,37 +164,79 @@ def distilled(
     """
     limit_threads(threads)
     steps = _steps(model, layers)
+    wanted = [model.graph.outputs[position] for position in float_outputs(dense_model)]
+    runnable = model.extract(outputs=wanted)
     try:
-        network = DifferentiableModel(model.extract(), plan.batch, list(steps))
+        network = DifferentiableModel(runnable, plan.batch, list(steps))
     except KeyError as error:  # names need not be unique in an IR
         raise NotDifferentiable(str(error.args[0])) from error
-    positions = float_outputs(dense_model)
-    step = _stepper(network, steps, positions)
-    teacher = engine.compile(dense_model.extract())
-    wanted = [teacher.outputs[position] for position in positions]
+    if any(shape[:1] != (plan.batch,) for shape in network.input_shapes):
+        raise NotDifferentiable(f"its inputs do not all take batches of {plan.batch}")
+    teacher = engine.compile(dense_model.extract(outputs=wanted))
     names = dict(zip(dense_model.graph.inputs, dense_model.input_names, strict=True))
-    runnable_inputs = model.extract().inputs
-    values: _Arrays = {name: jnp.asarray(value) for name, value in network.values.items()}
-    state = (
-        {name: jnp.zeros_like(v) for name, v in values.items()},
-        {name: jnp.zeros_like(v) for name, v in values.items()},
-    )
-    with Drawn(fit, vary=vary, seed=seed) as samples:
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        Drawn(fit, vary=vary, seed=seed) as samples,
+        interruptible() as check_interrupt,
+    ):
+        values: _Arrays = {name: jnp.asarray(value) for name, value in network.values.items()}
+        state = _zeros(values), _zeros(values)
+        step = _stepper(network, steps)
         total = plan.epochs * max(1, len(fit) // plan.batch)
         batches = (batch for _ in range(plan.epochs) for batch in samples.epoch(plan.batch))
         shown = track(batches, progress, "Distilling the dense network", total)
         for done, batch in enumerate(shown, 1):
             feeds = {tensor: batch[name] for tensor, name in names.items()}
             found = teacher.run({tensor: feeds[tensor] for tensor in teacher.inputs})
-            values, state, _ = step(
-                values,
-                state,
-                [_single(feeds[tensor]) for tensor in runnable_inputs],
-                [found[name] for name in wanted],
-                rate * _share(done, total),
-                float(done),
+            inputs = [_single(feeds[tensor]) for tensor in runnable.inputs]
+            targets = [found[name] for name in wanted]
+            if done == 1:
+                _check(network, values, inputs, targets)
+            values, state, value = step(
+                values, state, inputs, targets, rate * _share(done, total), float(done)
             )
-    return _read(model, solutions, layers, {name: np.asarray(value) for name, value in values.items()})
+            check_interrupt()
+            if done % LOOK == 0 and not np.isfinite(float(value)):
+                raise ModelError("training has diverged: a smaller step is needed (finish.rate)")
+        trained = {name: np.asarray(value) for name, value in values.items()}
+    return _read(model, solutions, layers, trained)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Let an interrupt wait for the function that this yields: within a step of XLA it would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked: list[int] = []
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    check()
+
+
+def _zeros(values: _Arrays) -> _Arrays:
+    return {name: jnp.zeros_like(value) for name, value in values.items()}
+
+
+def _check(
+    network: DifferentiableModel, values: _Arrays, inputs: Sequence[AnyArray], targets: Sequence[AnyArray]
+) -> None:
+    """NotDifferentiable unless everything has a derivative and outputs have the shapes of the dense model's."""
+    try:
+        shapes = [found.shape for found in jax.eval_shape(network, values, inputs)]
+        if shapes != [target.shape for target in targets]:
+            raise NotDifferentiable(f"the model does not take batches of {len(inputs[0])}")
+        jax.eval_shape(jax.grad(_loss(network)), values, inputs, targets)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise NotDifferentiable(str(error)) from error
 
 
 def _single(array: AnyArray) -> AnyArray:
@@ -200,17 +249,24 @@ def _share(done: int, total: int) -> float:
     return min(1.0, done / WARM_UP) * 0.5 * (1.0 + float(np.cos(np.pi * done / (total + 1))))
 
 
-def _stepper(network: DifferentiableModel, steps: Mapping[str, AnyArray], positions: Sequence[int]) -> _Step:
-    """One step of Adam on all constants, each entry in its own unit."""
+def _loss(
+    network: DifferentiableModel,
+) -> Callable[[_Arrays, Sequence[jax.Array], Sequence[jax.Array]], jax.Array]:
+    """Energy of the outputs' errors in units of the outputs', summed over those that are not all zero."""
 
     def loss(values: _Arrays, inputs: Sequence[jax.Array], targets: Sequence[jax.Array]) -> jax.Array:
-        found = network(values, inputs)
         total = jnp.zeros(())
-        for position, target in zip(positions, targets, strict=True):
-            error, energy = jnp.sum(jnp.square(found[position] - target)), jnp.sum(jnp.square(target))
+        for found, target in zip(network(values, inputs), targets, strict=True):
+            error, energy = jnp.sum(jnp.square(found - target)), jnp.sum(jnp.square(target))
             total += jnp.where(energy > 0.0, error, 0.0) / jnp.where(energy > 0.0, energy, 1.0)
         return total
 
+    return loss
+
+
+def _stepper(network: DifferentiableModel, steps: Mapping[str, AnyArray]) -> _Step:
+    """One step of Adam on all constants, each entry in its own unit."""
+    loss = _loss(network)
     units = {name: jnp.asarray(value, jnp.float32) for name, value in steps.items()}
     first, second = DECAYS
 

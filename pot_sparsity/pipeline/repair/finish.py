@@ -8,7 +8,7 @@ import numpy as np
 
 from pot_sparsity.data.dataset import Dataset
 from pot_sparsity.engines.base import Engine
-from pot_sparsity.errors import ModelError
+from pot_sparsity.errors import DataError, ModelError
 from pot_sparsity.graph.model import Model
 from pot_sparsity.pipeline.evaluate import Evaluator, distance
 from pot_sparsity.pipeline.progress import Progress
@@ -33,6 +33,10 @@ LENGTHS = (1.0, 0.5)
 NOT_RESCALED = "scales and biases are not tuned against the network's output"
 #: Fewer epochs than this (or than were asked for) do more harm than good.
 EPOCHS = 3
+
+
+#: Whoever asks for smaller batches than this may have a model that takes no others.
+UNSURE = 8
 
 
 class NotDistilled(Exception):
@@ -212,7 +216,7 @@ class Finish:
         if best is None:
             try:
                 best = self._distilled(model, solutions, guard.reached)
-            except (NotDistilled, ModelError) as error:
+            except (NotDistilled, ModelError, DataError) as error:
                 self._recorder.warn(f"the dense network is not distilled: {error}")
                 return model, solutions
             self._store("distilled", best)
@@ -230,12 +234,21 @@ class Finish:
             from pot_sparsity.pipeline.repair import distillation  # JAX takes a second to load
         except ModuleNotFoundError as error:
             raise NotDistilled(f"{error.name} is not installed: pip install jax") from error
+        except ImportError as error:
+            raise NotDistilled(f"JAX cannot be loaded: {error}") from error
         settings = self._recipe.finish
         layers = distillation.trainable(self._dense, model, solutions, self._seen)
         if not layers:
             raise NotDistilled("no layer has float32 or float16 weights and has seen enough samples")
         plan = distillation.plan(
-            model, self._dense, len(self._fit), settings.epochs, settings.distillation_budget * 1e12
+            model,
+            self._dense,
+            len(self._fit),
+            settings.epochs,
+            settings.distillation_budget * 1e12,
+            self._recipe.calibration.batch_size
+            if self._recipe.calibration.batch_size < UNSURE
+            else distillation.BATCH,
         )
         if plan.epochs < min(EPOCHS, settings.epochs):
             raise NotDistilled(

@@ -298,3 +298,34 @@ def test_detector_says_what_is_missing(zoo: Path) -> None:
     runnable = load_model(zoo / _entries(zoo)["person-detection-0200-fp32"]["model"]).extract()
     with pytest.raises(NotDifferentiable, match=r"no derivative is known for DetectionOutput$"):
         DifferentiableModel(runnable, 1, [])
+
+
+def test_identities_between_layers() -> None:
+    constants = {"w": _random(6, 5), "v": _random(5, 4)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Identity", ["a"], ["i"]),
+        helper.make_node("Tanh", ["i"], ["t"]),
+        helper.make_node("Identity", ["t"], ["j"]),
+        helper.make_node("MatMul", ["j", "v"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 6))],
+        [onnx.ValueInfoProto(name="y")],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    proto = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    runnable = Runnable(proto.SerializeToString(), ("x",), ("y",))
+    _agree(runnable, DifferentiableModel(runnable, 3, ["w", "v"]), [_random(3, 6)], 1e-5)
+    _slopes_match(runnable, ("w", "v"), _random(3, 6))
+
+
+def test_what_a_rule_cannot_do_is_reported() -> None:
+    """The largest of no elements is minus infinity in OpenVINO, and an error in JAX."""
+    parameter = ops.parameter([-1, 0, 4], np.float32)
+    largest = ops.reduce_max(ops.relu(parameter), ops.constant([1]), False)
+    runnable = Runnable(ov.Model([largest], [parameter]), ("x",), ("y",))
+    with pytest.raises(NotDifferentiable, match=r"^no derivative is known for ReduceMax \(zero-size array"):
+        DifferentiableModel(runnable, 2, [])

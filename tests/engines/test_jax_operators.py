@@ -464,3 +464,19 @@ def test_gradient_of_depthwise_convolutions(case: str) -> None:
     picked = jnp.stack([by_full[2 * group : 2 * group + 2, group] for group in range(3)])[:, :, None]
     np.testing.assert_allclose(by_kernel, picked, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(by_x, by_x_full, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_of_a_large_dilated_pool() -> None:
+    """It goes to the largest element of each window."""
+    x = feeds([(2, 3, 12, 11)], [np.float32])[0].astype(np.float32)
+    value, slope = _slope(lambda v: opset8.max_pool(v, [2, 1], [2, 2], [1, 0], [0, 2], [5, 5]).output(0), x)
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 0), (0, 2)), constant_values=-np.inf)
+    wanted = np.zeros_like(padded)
+    assert value.shape == (2, 3, 3, 5)
+    for image, channel, row, column in np.ndindex(*value.shape):
+        rows, columns = 2 * row + 2 * np.arange(5), column + 2 * np.arange(5)
+        window = padded[image, channel][np.ix_(rows, columns)]
+        at = np.unravel_index(window.argmax(), window.shape)
+        assert value[image, channel, row, column] == window[at]
+        wanted[image, channel, rows[at[0]], columns[at[1]]] += 1
+    np.testing.assert_array_equal(slope, wanted[:, :, 1:, :-2])

@@ -219,7 +219,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    check()
+        check()
 
 
 def _zeros(values: _Arrays) -> _Arrays:

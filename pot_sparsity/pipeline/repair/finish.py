@@ -33,8 +33,6 @@ LENGTHS = (1.0, 0.5)
 NOT_RESCALED = "scales and biases are not tuned against the network's output"
 #: Fewer epochs than this (or than were asked for) do more harm than good.
 EPOCHS = 3
-
-
 #: Whoever asks for smaller batches than this may have a model that takes no others.
 UNSURE = 8
 

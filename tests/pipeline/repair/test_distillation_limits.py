@@ -88,9 +88,13 @@ def test_the_handler_comes_back_without_an_interrupt_and_behind_errors(handler: 
 
 
 def test_an_interrupt_counts_more_than_an_error_behind_it(handler: Any) -> None:
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        signal.raise_signal(signal.SIGINT)
-        raise ValueError("of the block")
+    def block() -> None:
+        with interruptible():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert signal.getsignal(signal.SIGINT) is handler
 
 

@@ -7,7 +7,6 @@ which has a rule in :mod:`pot_sparsity.engines.jax_operators`.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pot_sparsity.algorithms.arrays import AnyArray, Float32
 from pot_sparsity.engines.batching import reason
 from pot_sparsity.engines.jax_operation import Operand, Operation, Rule
 from pot_sparsity.engines.jax_operators import OPERATORS
+from pot_sparsity.engines.openvino_engine import read
 from pot_sparsity.errors import ModelError
 from pot_sparsity.graph.model import Runnable
 from pot_sparsity.graph.openvino_nodes import dtype_of, is_static, read_constant
@@ -164,13 +164,11 @@ class DifferentiableModel:
 
 
 def _own_copy(runnable: Runnable) -> ov.Model:
-    model = runnable.model
-    if isinstance(model, ov.Model):
-        return model.clone()
     try:
-        return ov.Core().read_model(io.BytesIO(model) if isinstance(model, bytes) else model)
+        model = read(ov.Core(), runnable)
     except Exception as error:  # the frontends document no exception types
         raise ModelError(f"OpenVINO cannot read the model: {reason(error)}") from error
+    return model.clone() if isinstance(runnable.model, ov.Model) else model
 
 
 def _free_constants(model: ov.Model, names: Collection[str]) -> tuple[dict[str, Float32], dict[str, ov.Node]]:

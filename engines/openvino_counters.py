@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +9,7 @@ import openvino as ov
 
 from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.engines.batching import reason
+from pot_sparsity.engines.openvino_engine import read
 from pot_sparsity.errors import ModelError
 from pot_sparsity.graph.model import Runnable
 
@@ -37,11 +37,9 @@ class CountedModel:
             "INFERENCE_NUM_THREADS": str(threads),
             "PERF_COUNT": "YES",
         }
-        core, model = ov.Core(), runnable.model
+        core = ov.Core()
         try:
-            if isinstance(model, bytes):
-                model = core.read_model(io.BytesIO(model))
-            compiled = core.compile_model(model, "CPU", settings)
+            compiled = core.compile_model(read(core, runnable), "CPU", settings)
         except Exception as error:  # the plugin documents no exception types
             raise ModelError(f"OpenVINO cannot run the model: {reason(error)}") from error
         types = [np.dtype(port.get_element_type().to_dtype()) for port in compiled.inputs]

@@ -50,11 +50,8 @@ class OpenVinoEngine:
         settings = dict(self._settings)
         if exact:
             settings |= {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
-        model = runnable.model
         try:
-            if isinstance(model, bytes):
-                model = self._core.read_model(io.BytesIO(model))
-            compiled = self._core.compile_model(model, "CPU", settings)
+            compiled = self._core.compile_model(read(self._core, runnable), "CPU", settings)
         except Exception as error:  # the plugin documents no exception types
             raise ModelError(f"OpenVINO cannot run the model: {reason(error)}") from error
         found = (len(compiled.inputs), len(compiled.outputs))
@@ -71,6 +68,14 @@ class OpenVinoEngine:
             return [np.asarray(results[port]) for port in compiled.outputs]
 
         return BatchedExecutable(ports, runnable.outputs, infer)
+
+
+def read(core: ov.Core, runnable: Runnable) -> ov.Model:
+    """The model that OpenVINO reads from a runnable, or the runnable's own; raises whatever the frontend raises."""
+    model = runnable.model
+    if isinstance(model, ov.Model):
+        return model
+    return core.read_model(io.BytesIO(model) if isinstance(model, bytes) else model)
 
 
 def _port(name: str, port: ov.ConstOutput) -> TensorInfo:

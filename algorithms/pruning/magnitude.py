@@ -35,7 +35,8 @@ def magnitude_refit(
     """Zero the smallest weights and refit the others exactly: AdaPrune's optimum (a :class:`Solver`)."""
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
-    return refitted(problem, magnitude_mask(problem, zeros, pattern), workers=options.workers)
+    mask = magnitude_mask(problem, zeros, pattern)
+    return refitted(problem, mask, workers=options.workers, products=options.refit_products)
 
 
 def magnitude_mask(problem: LayerProblem, zeros: int, pattern: Pattern) -> Bool:

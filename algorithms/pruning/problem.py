@@ -44,6 +44,9 @@ class SolverOptions:
     polish_swaps, polish_seconds
         Budget of the polish; None is no bound. A bound on swaps leaves the search out; one in seconds counts
         it in and makes the result depend on the machine.
+    refit_products
+        Solvers that refit: in layers where the exact solution would take seconds, end after so many products
+        with H, near it. None solves to the end.
     """
 
     rho: tuple[float, ...] = ()
@@ -53,6 +56,7 @@ class SolverOptions:
     polish: bool = False
     polish_swaps: int | None = None
     polish_seconds: float | None = None
+    refit_products: int | None = None
 
     def __post_init__(self) -> None:
         if any(not 0 < rho < np.inf for rho in self.rho):
@@ -67,6 +71,8 @@ class SolverOptions:
             raise ValueError(f"polish_swaps must not be negative, got {self.polish_swaps}")
         if self.polish_seconds is not None and not self.polish_seconds >= 0:
             raise ValueError(f"polish_seconds must not be negative, got {self.polish_seconds}")
+        if self.refit_products is not None and self.refit_products < 1:
+            raise ValueError(f"refit_products must be at least 1, got {self.refit_products}")
 
 
 DEFAULT_OPTIONS = SolverOptions()

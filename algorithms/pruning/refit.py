@@ -27,6 +27,8 @@ _MAX_PRODUCTS = 400
 _DEAR = 2e11
 _ROUNDS = 2
 _PRODUCTS = 50
+# Where the caller asks for few products: layers below so many multiplications are solved exactly all the same.
+_BRIEF = 1e10
 # Rows that share the products of conjugate gradients; an eighth of it are solved in one go by Cholesky.
 _ROWS = 128
 # Relative residual; the error it leaves is of second order (1e-7 of the layer error at a condition of 1e5).
@@ -40,6 +42,7 @@ def refit(
     *,
     only: Bool | None = None,
     workers: int = 1,
+    products: int | None = None,
 ) -> tuple[Float64, float]:
     """Best weights on a support, by batched solves, Cholesky per row or conjugate gradients, whichever is
     cheapest.
@@ -56,6 +59,9 @@ def refit(
         Rows to solve, ``[groups, rows]``; the others are left at the target.
     workers
         Threads over rows; the result does not depend on it.
+    products
+        Products with H after which conjugate gradients in float32 end in layers where an exact solution would
+        take seconds; None asks for the exact one.
 
     Returns
     -------
@@ -79,9 +85,9 @@ def refit(
     damping = 0.0
     with RowPool(workers) as pool:
         for group in np.flatnonzero(busy.any(axis=1)).tolist():
-            damping = max(
-                damping, _refit_group(problem, mask, np.flatnonzero(busy[group]), group, start, weight, pool)
-            )
+            rows = np.flatnonzero(busy[group])
+            used = _refit_group(problem, mask, rows, group, start, weight, pool, products)
+            damping = max(damping, used)
     return weight, damping
 
 
@@ -93,22 +99,25 @@ def _refit_group(
     start: Float64 | None,
     weight: Float64,
     pool: RowPool,
+    products: int | None,
 ) -> float:
     """Solve these rows of one group in place, by Cholesky or conjugate gradients; returns the damping."""
     second, target = problem.second[group], problem.target[group]
     kept = np.count_nonzero(mask[group, rows], axis=1).astype(np.float64)
     cost = float((kept**3).sum()) / 6
     by_gradients = 2 * cost > _EXPECTED_PRODUCTS * 2.0 * len(rows) * len(second) ** 2
-    dear = cost > _DEAR
+    dear = start is not None and cost > _DEAR
+    brief = products is not None and cost > _BRIEF
+    first = target if start is None else start[group]
 
     def solve(part: slice) -> float:
         some = rows[part]
         right = target[some] @ second
-        if dear and start is not None:
-            weight[group, some] = _approach(second, right, mask[group, some], start[group, some])
+        if dear or brief:
+            number = products if brief and products is not None else _PRODUCTS
+            weight[group, some] = _approach(second, right, mask[group, some], first[some], number)
             return 0.0
         if by_gradients:
-            first = target if start is None else start[group]
             solved, damping = conjugate_gradients(second, right, mask[group, some], target[some], first[some])
             weight[group, some] = solved
             return damping
@@ -119,12 +128,14 @@ def _refit_group(
             damping = max(damping, used)
         return damping
 
-    return max(pool.map(solve, slices(len(rows), _ROWS if by_gradients or dear else _ROWS // 8)))
+    return max(pool.map(solve, slices(len(rows), _ROWS if by_gradients or dear or brief else _ROWS // 8)))
 
 
-def refitted(problem: LayerProblem, mask: Bool, *, workers: int = 1) -> PruningResult:
+def refitted(
+    problem: LayerProblem, mask: Bool, *, workers: int = 1, products: int | None = None
+) -> PruningResult:
     """The layer with the weights of a support refitted, as solvers return it; raises as :func:`refit`."""
-    weight, damping = refit(problem, mask, workers=workers)
+    weight, damping = refit(problem, mask, workers=workers, products=products)
     return problem.result(weight, mask, damping)
 
 
@@ -260,7 +271,7 @@ def conjugate_gradients(
     raise np.linalg.LinAlgError("conjugate gradients met an indefinite second moment that no damping mends")
 
 
-def _approach(second: Float64, right: Float64, mask: Bool, start: Float64) -> Float64:
+def _approach(second: Float64, right: Float64, mask: Bool, start: Float64, products: int) -> Float64:
     """Come close by conjugate gradients in float32: rounds that each work on the float64 residual of the last.
 
     For layers so wide that Cholesky takes minutes. ADMM ends within 1e-3 of the least error of its support, and
@@ -279,11 +290,13 @@ def _approach(second: Float64, right: Float64, mask: Bool, start: Float64) -> Fl
         best = np.minimum(energy, best)
         if not (better & (energy > goal)).any():
             break
-        found = weight + _correction(single, residual.astype(np.float32), inverse.astype(np.float32))
+        found = weight + _correction(
+            single, residual.astype(np.float32), inverse.astype(np.float32), products
+        )
     return weight
 
 
-def _correction(second: Float32, residual: Float32, inverse: Float32) -> Float32:
+def _correction(second: Float32, residual: Float32, inverse: Float32, products: int) -> Float32:
     """Conjugate gradients from 0 until the residual is a thousandth; a row stops where rounding shows."""
     weight = np.zeros_like(residual)
     scaled = residual * inverse
@@ -291,7 +304,7 @@ def _correction(second: Float32, residual: Float32, inverse: Float32) -> Float32
     energy = np.einsum("rc,rc->r", residual, scaled)
     goal = 1e-6 * energy
     active = energy > goal
-    for _ in range(_PRODUCTS):
+    for _ in range(products):
         product = direction @ second
         product[inverse == 0.0] = 0.0
         curvature = np.einsum("rc,rc->r", direction, product)

@@ -38,7 +38,8 @@ def wanda_refit(
     """Zero the weights of least score and refit the others exactly (a :class:`Solver`)."""
     problem = LayerProblem.of(target, second)
     problem.check_zeros(zeros)
-    return refitted(problem, wanda_mask(problem, zeros, pattern), workers=options.workers)
+    mask = wanda_mask(problem, zeros, pattern)
+    return refitted(problem, mask, workers=options.workers, products=options.refit_products)
 
 
 def wanda_mask(problem: LayerProblem, zeros: int, pattern: Pattern) -> Bool:

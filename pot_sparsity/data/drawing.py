@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.data.augment import pick
-from pot_sparsity.data.dataset import Dataset
+from pot_sparsity.data.dataset import Batch, Dataset
 from pot_sparsity.data.images import infer_layout
 
 #: Samples read at once when they are stored.
@@ -64,13 +64,13 @@ class Drawn:
         self._arrays.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def epoch(self, size: int) -> Iterator[dict[str, AnyArray]]:
+    def epoch(self, size: int) -> Iterator[Batch]:
         """All samples once, in full batches; those that fill none are left out, or drawn twice if there are no more."""
         order = self._rng.permutation(self._count)
         if self._count < size:
             order = np.resize(order, size)
         for start in range(0, len(order) - size + 1, size):
-            yield self._batch(order[start : start + size])
+            yield Batch(self._batch(order[start : start + size]))
 
     def _batch(self, indices: NDArray[np.int64]) -> dict[str, AnyArray]:
         batch = {name: np.asarray(array[indices]) for name, array in self._arrays.items()}

@@ -12,7 +12,7 @@ from pot_sparsity.algorithms.arrays import AnyArray, Bool
 from pot_sparsity.data.dataset import Batch, Dataset
 from pot_sparsity.engines.base import Engine, Executable
 from pot_sparsity.errors import DataError
-from pot_sparsity.graph.model import Model
+from pot_sparsity.graph.model import Model, Runnable
 from pot_sparsity.metrics import Comparison, get_metric
 from pot_sparsity.pipeline.progress import Progress, Silent, track
 from pot_sparsity.pipeline.spool import Spool
@@ -137,7 +137,7 @@ def measure_latency(
     return [float(np.median(times)) * 1e3 for times in seconds]
 
 
-def feeds(model: Model, executable: Executable, batch: Batch) -> dict[str, AnyArray]:
+def feeds(model: Model, executable: Executable | Runnable, batch: Batch) -> dict[str, AnyArray]:
     """The batch's inputs under the graph's tensor names, those that the executable reads."""
     by_tensor = {
         tensor: batch.inputs[name] for tensor, name in zip(model.graph.inputs, model.input_names, strict=True)

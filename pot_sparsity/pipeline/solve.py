@@ -28,6 +28,8 @@ SCARCE = 32
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 #: The solver that stands in for slower ones where only comparisons count.
 QUICK = "wanda_refit"
+#: Its options: products with H that bring a refit within a tenth of the least error, of wide layers too.
+QUICK_OPTIONS = {"refit_products": 24}
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def solver_options(recipe: Recipe) -> SolverOptions:
 def quick_recipe(recipe: Recipe) -> Recipe:
     """The recipe with the quick solver in place of its own."""
     return recipe.model_copy(
-        update={"pruning": recipe.pruning.model_copy(update={"method": QUICK, "options": {}})}
+        update={"pruning": recipe.pruning.model_copy(update={"method": QUICK, "options": QUICK_OPTIONS})}
     )
 
 
@@ -261,10 +263,11 @@ def _find_shrinkage(
 ) -> float:
     """The shrinkage that serves the held-out samples best; a quick solver stands in for the recipe's."""
     quick = quick_recipe(recipe)
+    options = solver_options(quick)
     best, chosen = np.inf, 0.0
     for shrinkage in (0.0, *SHRINKAGES):
         result = run_solver(
-            quick, SolverOptions(), item.layer, item.weight, shrunk(second, shrinkage, item.prior), zeros
+            quick, options, item.layer, item.weight, shrunk(second, shrinkage, item.prior), zeros
         )
         error = layer_error(result.weight, item.weight, judge)
         if error >= best:

@@ -62,7 +62,7 @@ def normal(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 def epochs(rows: Rows, size: int, count: int = 1, *, vary: bool = True, seed: int = 0) -> list[Batch]:
     """All batches of some epochs."""
     with Drawn(rows, vary=vary, seed=seed) as drawn:
-        return [Batch(batch) for _ in range(count) for batch in drawn.epoch(size)]
+        return [batch for _ in range(count) for batch in drawn.epoch(size)]
 
 
 def joined(batches: list[Batch], name: str = "x") -> AnyArray:
@@ -78,7 +78,7 @@ def test_every_sample_once_per_epoch(count: int, size: int, seed: int) -> None:
     rows = Rows(x=normal(count, 3), number=np.arange(count))
     with Drawn(rows, vary=False, seed=seed) as drawn:
         for _ in range(2):
-            batches = [Batch(batch) for batch in drawn.epoch(size)]
+            batches = list(drawn.epoch(size))
             assert len(batches) == max(1, count // size)
             assert all(batch.size == size for batch in batches)
             numbers = joined(batches, "number")
@@ -104,8 +104,8 @@ def test_what_is_done_to_a_batch_does_not_reach_the_samples() -> None:
     with Drawn(rows, vary=True, seed=0) as drawn:
         for _ in range(5):
             for batch in drawn.epoch(4):
-                batch["x"][...] = np.nan
-        assert all(np.isfinite(batch["x"]).all() for batch in drawn.epoch(4))
+                batch.inputs["x"][...] = np.nan
+        assert all(np.isfinite(batch.inputs["x"]).all() for batch in drawn.epoch(4))
     np.testing.assert_array_equal(rows.arrays["x"], kept)
 
 

@@ -29,7 +29,7 @@ from pot_sparsity.graph.graph import Graph
 from pot_sparsity.graph.layers import Layer, flops
 from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.weights import read_bias, read_weight, write_bias, write_weight
-from pot_sparsity.pipeline.evaluate import float_outputs
+from pot_sparsity.pipeline.evaluate import feeds, float_outputs
 from pot_sparsity.pipeline.progress import Progress, track
 from pot_sparsity.pipeline.solve import DenseLayer, Solution
 
@@ -39,6 +39,8 @@ DECAYS = (0.9, 0.999)
 WARM_UP = 20
 #: Samples of a step, at most.
 BATCH = 64
+#: Whoever asks for smaller batches than this may have a model that takes no others.
+UNSURE = 8
 #: Steps after which the error is looked at: training that has diverged ends there.
 LOOK = 50
 #: Elements of all activations of a step, at most: they are kept until their derivatives are known.
@@ -71,17 +73,19 @@ class Plan:
 
 
 def plan(
-    model: Model, dense: Sequence[DenseLayer], samples: int, epochs: int, budget: float, most: int = BATCH
+    model: Model, dense: Sequence[DenseLayer], samples: int, epochs: int, budget: float, asked: int = BATCH
 ) -> Plan:
     """As many of the ``epochs`` as ``budget`` floating-point operations pay for, in steps that fit into memory.
 
-    A step takes ``most`` samples at most, a model with a fixed batch exactly that.
+    ``asked`` is the size of the batches that the user has asked for, or the default's: very small ones are kept to,
+    for the model may take no others. A model with a fixed batch gets exactly that.
 
     Layers and activations whose sizes are not known count as free of cost.
     """
     graph = model.graph
     elements = max(1, _elements(graph))
     cost = (PASSES * sum(flops(item.layer, graph) or 0 for item in dense) + PER_ELEMENT * elements) * samples
+    most = asked if asked < UNSURE else BATCH
     batch = model.batch_size or max(1, min(most, ACTIVATIONS // elements))
     return Plan(int(min(epochs, budget / cost)), batch)
 
@@ -173,7 +177,6 @@ def distilled(
     if any(shape[:1] != (plan.batch,) for shape in network.input_shapes):
         raise NotDifferentiable(f"its inputs do not all take batches of {plan.batch}")
     teacher = engine.compile(dense_model.extract(outputs=wanted))
-    names = dict(zip(dense_model.graph.inputs, dense_model.input_names, strict=True))
     with (
         jax.default_device(jax.devices("cpu")[0]),
         Drawn(fit, vary=vary, seed=seed) as samples,
@@ -186,9 +189,8 @@ def distilled(
         batches = (batch for _ in range(plan.epochs) for batch in samples.epoch(plan.batch))
         shown = track(batches, progress, "Distilling the dense network", total)
         for done, batch in enumerate(shown, 1):
-            feeds = {tensor: batch[name] for tensor, name in names.items()}
-            found = teacher.run({tensor: feeds[tensor] for tensor in teacher.inputs})
-            inputs = [_single(feeds[tensor]) for tensor in runnable.inputs]
+            found = teacher.run(feeds(dense_model, teacher, batch))
+            inputs = [_single(array) for array in feeds(dense_model, runnable, batch).values()]
             targets = [found[name] for name in wanted]
             if done == 1:
                 _check(network, values, inputs, targets)

@@ -33,8 +33,6 @@ LENGTHS = (1.0, 0.5)
 NOT_RESCALED = "scales and biases are not tuned against the network's output"
 #: Fewer epochs than this (or than were asked for) do more harm than good.
 EPOCHS = 3
-#: Whoever asks for smaller batches than this may have a model that takes no others.
-UNSURE = 8
 
 
 class NotDistilled(Exception):
@@ -244,9 +242,7 @@ class Finish:
             len(self._fit),
             settings.epochs,
             settings.distillation_budget * 1e12,
-            self._recipe.calibration.batch_size
-            if self._recipe.calibration.batch_size < UNSURE
-            else distillation.BATCH,
+            self._recipe.calibration.batch_size,
         )
         if plan.epochs < min(EPOCHS, settings.epochs):
             raise NotDistilled(

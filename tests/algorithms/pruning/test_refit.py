@@ -6,8 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pot_sparsity.algorithms.arrays import Bool
-from pot_sparsity.algorithms.pruning.problem import LayerProblem, layer_error, row_errors
+from pot_sparsity.algorithms.pruning.magnitude import magnitude_refit
+from pot_sparsity.algorithms.pruning.problem import (
+    LayerProblem,
+    Solver,
+    SolverOptions,
+    layer_error,
+    row_errors,
+)
 from pot_sparsity.algorithms.pruning.refit import conjugate_gradients, damped_cholesky, refit
+from pot_sparsity.algorithms.pruning.wanda import wanda_refit
 from tests.algorithms.pruning.layers import make_layer, oracle_error, oracle_refit
 
 
@@ -140,3 +148,25 @@ def test_layer_error_against_its_definition() -> None:
     assert layer_error(weight, target, second) == pytest.approx(oracle_error(weight, target, second))
     assert row_errors(weight, target, second).shape == (2, 3)
     assert layer_error(weight, target, -second) == 0.0
+
+
+@pytest.mark.parametrize("method", [magnitude_refit, wanda_refit])
+def test_few_products_end_near_the_optimum_of_large_layers(
+    method: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, second = make_layer(8, 2, 9, 90)
+    zeros = target.size * 6 // 10
+    brief = SolverOptions(refit_products=24)
+    exact = method(target, second, zeros)
+    np.testing.assert_array_equal(method(target, second, zeros, options=brief).weight, exact.weight)
+    monkeypatch.setattr("pot_sparsity.algorithms.pruning.refit._BRIEF", 0.0)
+    near = method(target, second, zeros, options=brief)
+    np.testing.assert_array_equal(near.mask, exact.mask)
+    assert (near.weight[~near.mask] == 0.0).all()
+    assert exact.relative_error <= near.relative_error <= 1.1 * exact.relative_error
+    far = method(target, second, zeros, options=SolverOptions(refit_products=1))
+    assert far.relative_error > near.relative_error
+    both = method(target, second, zeros, options=SolverOptions(refit_products=24, workers=2))
+    np.testing.assert_array_equal(both.weight, near.weight)
+    error = layer_error(near.weight, target, second) / layer_error(np.zeros_like(target), target, second)
+    assert near.relative_error == pytest.approx(error, rel=1e-9)

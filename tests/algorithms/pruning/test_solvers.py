@@ -299,6 +299,8 @@ def test_options_are_checked() -> None:
         SolverOptions(polish_swaps=-1)
     with pytest.raises(ValueError, match="polish_seconds must not be negative"):
         SolverOptions(polish_seconds=float("nan"))
+    with pytest.raises(ValueError, match="refit_products must be at least 1"):
+        SolverOptions(refit_products=0)
 
 
 def test_effort_and_rho_reach_the_solver() -> None:

@@ -187,7 +187,7 @@ def test_a_step_takes_no_more_samples_than_it_may() -> None:
     pruned = Pruned.of(rigid(), 0.6)
     assert pruned.dense_model.batch_size is None
     assert plan(pruned.dense_model, pruned.dense, 32, 20, 1e12) == Plan(20, 64)
-    assert plan(pruned.dense_model, pruned.dense, 32, 20, 1e12, most=1) == Plan(20, 1)
+    assert plan(pruned.dense_model, pruned.dense, 32, 20, 1e12, asked=1) == Plan(20, 1)
     samples = normal(3, 32, 6)
     with pytest.raises(NotDifferentiable, match="does not take batches of 8"):
         pruned.trained(samples, Plan(1, 8))

@@ -83,7 +83,7 @@ Timings = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Seconds of every layer at several densities, in JSON or YAML, for --budget latency=V.  [default: "
+        help="Seconds of every layer at several densities, in JSON or YAML, for --budget latency=...  [default: "
         "measured here]",
     ),
 ]

@@ -46,7 +46,7 @@ Budgets = Annotated[
     typer.Option(
         "--budget",
         metavar="KIND=F,F,...",
-        help="Fractions of the dense model's flops, bops or size that may remain; may be repeated.",
+        help="Fractions of the dense model's flops, bops, size or latency that may remain; may be repeated.",
     ),
 ]
 Correct = Annotated[
@@ -83,6 +83,7 @@ def sweep(
     allocation: Allocations = None,
     points: Points = None,
     budget: Budgets = None,
+    timings: options.Timings = None,
     correct: Correct = "bias",
     grid: Grid = None,
     recipe: options.RecipeSource = None,
@@ -157,6 +158,7 @@ def sweep(
             allocations=allocation,
             points=asked,
             budget=bounds,
+            timings=timings,
             correct=correct,
             grid=GRID if grid is None else grid,
             output=output,

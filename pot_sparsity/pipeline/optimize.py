@@ -139,7 +139,7 @@ def optimize(
         measure_latency,
         Database(None if database is None else Path(database)),
         None if chosen is None else chosen.zeros,
-        timings=given_timings(timings, settings),
+        timings=given_timings(timings, settings.budget),
     )
     check_folders(output, database)
     folder = RunFolder(None if output is None else Path(output), resume=resume, force=force)

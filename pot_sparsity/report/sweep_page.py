@@ -39,6 +39,7 @@ COLUMNS = (
     "bops",
     "size",
     "size_bytes",
+    "latency",
     "drop",
     "relative_error",
     "seconds",
@@ -73,6 +74,8 @@ def render_plot(sweep: Sweep, form: Literal["svg", "png"]) -> bytes:
     if all(point.flops is not None for point in sweep.points):
         axes_of.append(("FLOPs left, %", lambda point: point.flops))
     axes_of.append(("bytes left, packed, %", lambda point: point.size))
+    if all(point.latency is not None for point in sweep.points):
+        axes_of.append(("time left, %", lambda point: point.latency))
     figure = Figure(figsize=(4.2 * len(axes_of), 3.9), layout="constrained")
     panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
     for axes, (title, measure) in zip(panels, axes_of, strict=True):

@@ -29,6 +29,10 @@ class DenseFigures(_Part):
         description="FLOPs per sample of the layers that take part; null where a shape is open"
     )
     size_bytes: int = Field(description="bytes of their weights")
+    latency: float | None = Field(
+        None,
+        description="seconds of one inference of the model, by the timings; null without a budget of them",
+    )
 
 
 class SweepLayer(_Part):
@@ -43,7 +47,7 @@ class SweepPoint(_Part):
 
     id: str = Field(description="its name for optimize --point, such as output_distortion@0.80")
     allocation: str
-    budget: Literal["sparsity", "flops", "bops", "size"] = Field(description="what was asked for")
+    budget: Literal["sparsity", "flops", "bops", "size", "latency"] = Field(description="what was asked for")
     bound: float = Field(
         description="the least sparsity, or the fraction of the dense model's cost that may remain"
     )
@@ -56,6 +60,9 @@ class SweepPoint(_Part):
         "recipe quantizes"
     )
     size_bytes: int = Field(description="bytes of the weights, packed")
+    latency: float | None = Field(
+        None, description="fraction of the time that remains, by the timings; null without a budget of it"
+    )
     metrics: dict[str, float] = Field(
         description="label metrics, and agreement / kl / sqnr against the dense model, on the validation samples"
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +89,11 @@ class _File(BaseModel):
     layers: dict[str, list[_Level]] = Field(min_length=1)
 
 
-def given_timings(path: str | Path | None, recipe: Recipe) -> Timings | None:
-    """The timings of a file that was given; RecipeError where nothing would read them."""
+def given_timings(path: str | Path | None, budgets: Collection[str]) -> Timings | None:
+    """The timings of a file that was given; RecipeError where no budget of these kinds would read them."""
     if path is None:
         return None
-    if "latency" not in recipe.budget:
+    if "latency" not in budgets:
         raise RecipeError("--timings goes with a budget of latency, e.g. --budget latency=0.5")
     return read_timings(path)
 

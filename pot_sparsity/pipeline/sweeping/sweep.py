@@ -28,6 +28,8 @@ from pot_sparsity.graph.model import Model
 from pot_sparsity.graph.weights import count_zeros
 from pot_sparsity.metrics import get_metric
 from pot_sparsity.pipeline.allocation.costs import Costs
+from pot_sparsity.pipeline.allocation.targets import TIMINGS_NAME
+from pot_sparsity.pipeline.allocation.timings import given_timings
 from pot_sparsity.pipeline.compress import Surroundings, rebuild, repair
 from pot_sparsity.pipeline.evaluate import Evaluator, distance
 from pot_sparsity.pipeline.intake import Sources, check_folders, load_job
@@ -63,7 +65,7 @@ __all__ = ["GRID", "Sweep", "sweep"]
 GRID = 0.95
 #: Folder of the layer solutions inside the sweep's; ``force`` leaves it there.
 DATABASE = "database"
-_CONTENTS = Contents("sweep", (*SWEEP_FILES, "run.log", STATE), frozenset({SWEEP_JSON, STATE}))
+_CONTENTS = Contents("sweep", (*SWEEP_FILES, "run.log", TIMINGS_NAME, STATE), frozenset({SWEEP_JSON, STATE}))
 
 
 def sweep(
@@ -82,6 +84,7 @@ def sweep(
     allocations: Sequence[str] | None = None,
     points: Sequence[float] | None = None,
     budget: Mapping[str, Sequence[float]] | None = None,
+    timings: str | Path | None = None,
     correct: Correction = "bias",
     grid: float = GRID,
     output: str | Path | None = None,
@@ -108,7 +111,9 @@ def sweep(
     points
         Sparsities; 0.3, 0.5, 0.6, 0.7, 0.8 and 0.9 unless there are budgets.
     budget
-        ``flops``, ``bops`` or ``size``, each with the fractions of the dense model's that may remain.
+        ``flops``, ``bops``, ``size`` or ``latency``, each with the fractions of the dense model's that may remain.
+    timings
+        As for :func:`~pot_sparsity.pipeline.optimize.optimize`; measured here by default.
     correct
         What follows on pruning: nothing, the one-shot correction of biases, or all corrections of the recipe, which
         walk through the network for each point (minutes, where the others take seconds).
@@ -150,6 +155,7 @@ def sweep(
         baseline_int8=False,
         measure_latency=False,
         database=Database(store),
+        timings=given_timings(timings, [each.kind for each in asked]),
     )
     sources = Sources(model, calibration, validation, validation_labels, validation_split, preprocess, engine)
     job = load_job(sources, _for_all(settings, names, asked), options, folder, progress)
@@ -204,7 +210,8 @@ def _run(
     recorder = job.recorder
     around, evaluator = Run(job, stack).surroundings()
     around = replace(around, recipe=recipe)
-    costs = sweep_costs(around.prepared.model, around.dense, recipe)
+    timed = job.costs is not None and "latency" in job.costs.tables
+    costs = sweep_costs(around.prepared.model, around.dense, recipe, job.costs if timed else None)
     with recorder.stage("allocation"):
         plans = plan_points(around, costs, allocations, asked, grid)
     with recorder.stage("layer solutions"):
@@ -247,6 +254,7 @@ def _run(
             metrics=evaluator.dense.metrics,
             flops=costs.dense.get("flops"),
             size_bytes=round(costs.dense["size"]),
+            latency=costs.dense.get("latency"),
         ),
         points=found,
         stages=recorder.stages,
@@ -305,6 +313,7 @@ class _Points:
             bops=left.get("bops"),
             size=left["size"],
             size_bytes=round(self._costs.total("size", zeros)),
+            latency=left.get("latency"),
             metrics=found.metrics,
             drop=self._job.drop(self._evaluator.dense, found),
             relative_error=distance(found.metrics)[1],

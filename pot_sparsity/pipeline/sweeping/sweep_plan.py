@@ -35,12 +35,13 @@ class Plan:
         return f"{self.allocation}@{self.asked}"
 
 
-def sweep_costs(model: Model, dense: Sequence[DenseLayer], recipe: Recipe) -> Costs:
-    """Costs that points are described by: bytes, and operations where the model leaves no shape open."""
+def sweep_costs(model: Model, dense: Sequence[DenseLayer], recipe: Recipe, latency: Costs | None) -> Costs:
+    """Costs that points are described by: bytes, operations where the model leaves no shape open, and ``latency``."""
+    more = () if latency is None else ("latency",)
     try:
-        return build_costs(model, dense, recipe, ("flops", "bops", "size"))
+        return build_costs(model, dense, recipe, ("flops", "bops", "size", *more), latency=latency)
     except RecipeError:
-        return build_costs(model, dense, recipe, ("size",))
+        return build_costs(model, dense, recipe, ("size", *more), latency=latency)
 
 
 def plan_points(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.errors import DataError, ModelError, RecipeError, UserError
@@ -16,9 +16,9 @@ from pot_sparsity.report.schema import Decision
 from pot_sparsity.report.sweep_io import read_sweep
 from pot_sparsity.report.sweep_schema import Sweep, SweepPoint
 
-Kind: TypeAlias = Literal["sparsity", "flops", "bops", "size"]
+Kind: TypeAlias = Literal["sparsity", "flops", "bops", "size", "latency"]
 #: What a point can be asked for.
-KINDS: tuple[Kind, ...] = ("sparsity", "flops", "bops", "size")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Sparsities of a sweep that is not told any.
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: Allocations that a sweep compares, the first drawn first.
@@ -198,8 +198,8 @@ def choose(folder: str | Path, point: str | int | Mapping[str, float] | None) ->
         The sweep's folder, or its ``sweep.json``.
     point
         Its name; its number in the sweep's table, from 1; or what it must fulfil: ``max_drop``, ``sparsity`` (at
-        least), ``flops``, ``bops`` and ``size`` (fractions of the dense model's that remain, at most). With
-        ``max_drop`` alone that is the sparsest point (to the percent), else the one of smallest drop.
+        least), ``flops``, ``bops``, ``size`` and ``latency`` (fractions of the dense model's that remain, at most).
+        With ``max_drop`` alone that is the sparsest point (to the percent), else the one of smallest drop.
 
     Raises
     ------
@@ -256,7 +256,7 @@ def _fulfils(point: SweepPoint, wanted: Mapping[str, float], rounding: float) ->
         elif kind == "sparsity":
             good = point.sparsity >= bound - rounding - 1e-9
         else:
-            value = {"flops": point.flops, "bops": point.bops, "size": point.size}[kind]
+            value = getattr(point, kind)
             good = value is not None and value <= bound + 1e-9
         if not good:
             return False

@@ -19,6 +19,7 @@ from pot_sparsity.graph.discovery import find_layers
 from pot_sparsity.graph.load import load_model
 from pot_sparsity.graph.weights import read_weight
 from pot_sparsity.pipeline import Result, Sweep, optimize, sweep
+from pot_sparsity.pipeline.allocation.timings import Timings, read_timings
 from pot_sparsity.pipeline.evaluate import Evaluator
 from pot_sparsity.pipeline.store.database import Database
 from pot_sparsity.pipeline.sweeping.sweep_points import ALL, choose, merged, read_asked
@@ -244,15 +245,87 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (out / "state").exists()
 
 
+def test_points_within_a_budget_of_latency(tmp_path: Path) -> None:
+    onnx.save(plain_net(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "calibration.npz", x=images(40))
+    weights = {layer.name: layer.size for layer in find_layers(load_model(plain_net()).graph).layers}
+    seconds = {name: 1e-3 * (index + 1) for index, name in enumerate(weights)}
+    levels = {
+        name: [{"level": i, "seconds": full * (0.3 + 0.7 * 0.9**i)} for i in range(30)]
+        for name, full in seconds.items()
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps({"base": 0.001, "layers": levels}))
+    given = {"model": tmp_path / "net.onnx", "calibration": tmp_path / "calibration.npz"}
+    found = quick(
+        **given,
+        points=[0.5],
+        budget={"latency": [0.8, 0.6]},
+        allocations=["lamp", "output_distortion"],
+        timings=tmp_path / "cpu.json",
+        output=tmp_path / "out",
+    )
+    dense = 0.001 + sum(seconds.values())
+    assert found.dense.latency == pytest.approx(dense)
+    asked = ["0.50", "latency=0.80", "latency=0.60"]
+    assert [p.id for p in found.points] == [f"{n}@{a}" for n in ("lamp", "output_distortion") for a in asked]
+    for point in found.points:
+        names = [layer.name for layer in found.layers]
+        density = {n: 1.0 - z / weights[n] for n, z in zip(names, point.layers, strict=True)}
+        ladder = 0.9 ** np.arange(29, -1, -1.0)
+        left = 0.001 + sum(
+            seconds[n] * float(np.interp(density[n], ladder, 0.3 + 0.7 * ladder)) for n in weights
+        )
+        assert point.latency is not None
+        assert point.latency == pytest.approx(left / dense, rel=1e-9)
+        if point.budget == "latency":
+            assert point.bound - 0.1 <= point.latency <= point.bound
+    with (tmp_path / "out" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["latency"]) for row in rows] == [point.latency for point in found.points]
+    best = choose(tmp_path / "out", {"latency": 0.6}).point
+    assert best.id in ("lamp@latency=0.60", "output_distortion@latency=0.60")
+
+
+def test_latency_is_measured_once_where_no_timings_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [layer.name for layer in find_layers(load_model(plain_net()).graph).layers]
+    calls = []
+
+    def measured(*given: Any, **named: Any) -> Timings:
+        calls.append(1)
+        return Timings(dict.fromkeys(names, ((1.0, 0.002), (0.1, 0.001))), 0.001)
+
+    monkeypatch.setattr("pot_sparsity.pipeline.allocation.targets.measure_timings", measured)
+    found = quick(points=[], budget={"latency": [0.9, 0.8]}, output=tmp_path / "out")
+    assert len(calls) == 1
+    assert all(point.latency is not None and point.latency <= point.bound for point in found.points)
+    written = read_timings(tmp_path / "out" / "timings.json")
+    assert written.layers == dict.fromkeys(names, ((1.0, 0.002), (0.1, 0.001)))
+    again = quick(
+        points=[],
+        budget={"latency": [0.8]},
+        timings=tmp_path / "out" / "timings.json",
+        output=tmp_path / "again",
+    )
+    assert again.points[0].layers == found.points[1].layers
+    assert not (tmp_path / "again" / "timings.json").exists()
+
+
 @pytest.mark.parametrize(
     ("named", "words"),
     [
         ({"points": [1.5]}, "points must be sparsities from 0 to below 1, got 1.5"),
         ({"points": []}, "at least one point"),
-        ({"budget": {"watts": [0.5]}}, "a sweep has no budget 'watts': it has sparsity, flops, bops, size"),
+        (
+            {"budget": {"watts": [0.5]}},
+            "a sweep has no budget 'watts': it has sparsity, flops, bops, size, latency",
+        ),
         ({"budget": {"flops": [0.0]}}, "budget flops must be above 0"),
         ({"budget": {"size": [0.001]}}, "out of reach"),
         ({"allocations": ["lamb"]}, "allocation 'lamb' is not known: use one of output_distortion"),
+        ({"timings": "cpu.json"}, "--timings goes with a budget of latency"),
+        ({"budget": {"latency": [0.5]}, "timings": "cpu.json"}, "cannot read timings 'cpu.json'"),
         ({"grid": 1.0}, "the grid of densities"),
         ({"recipe": merged(FAST, {"mixed": {"enabled": True}})}, "about zeros, not about bits"),
         ({"recipe": merged(FAST, {"pruning": {"pattern": "2:4"}})}, "fixes the zeros of every layer"),
@@ -354,7 +427,8 @@ def test_the_best_point_that_fulfils_what_is_wanted(
         ),
         (99, "the sweep has no point '99'"),
         ({"sparsity": 0.99}, "no point of the sweep fulfils sparsity 0.99; it has"),
-        ({"latency": 0.5}, "not chosen by 'latency'"),
+        ({"latency": 0.5}, "no point of the sweep fulfils latency 0.5; it has"),
+        ({"watts": 0.5}, "not chosen by 'watts'"),
     ],
 )
 def test_no_such_point(point: Any, words: str, swept: Path) -> None:

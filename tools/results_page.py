@@ -18,6 +18,17 @@ from pot_sparsity.report import words
 from pot_sparsity.report.schema import DataSpec, Machine, Report, Variant, Versions
 
 VARIANTS = ("dense", "dense_int8", "sparse", "sparse_int8")
+#: Last lines of the page.
+ELSEWHERE = (
+    "",
+    "## Elsewhere",
+    "",
+    "- [Bit operations against accuracy](bop-curve.md): 8 or 4 bits and 2:4 layer by layer, OBC's Figure 3",
+    "- [Allocations compared](allocation-tables.md) on all classifiers, with biases alone corrected",
+    "- [Rate-distortion pruning, repeated](rd-tables.md): the ablations of the paper, additivity, speed",
+    "- [Layer-wise calibration, repeated](pot-tables.md): Tables 4 to 6 of the POT paper",
+    "- [The finish](finish.md): what was tried after layer-wise reconstruction",
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,19 @@ def cell(variant: Variant | None, metric: str) -> str:
     )
 
 
-def row(outcome: Outcome, shown: Sequence[str]) -> list[str]:
+def error(variant: Variant | None) -> str:
+    """Energy of the output's error in percent of the output's."""
+    if variant is None or "sqnr" not in variant.metrics:
+        return words.ABSENT
+    return f"{100.0 * 10.0 ** (-variant.metrics['sqnr'] / 10.0):.2f}"
+
+
+def row(outcome: Outcome, shown: Sequence[str], *, with_error: bool = False) -> list[str]:
     """One line of a table, but for what tells it from the others."""
     metric = outcome.data.metric
     return [
         *(cell(outcome.variants.get(name), metric) for name in shown),
+        *([error(outcome.variants.get("sparse"))] if with_error else []),
         *([] if metric.endswith("agreement") else [cell(outcome.variants["sparse_int8"], "agreement")]),
         outcome.zeros,
         f"{outcome.seconds:.0f}",
@@ -90,6 +109,7 @@ def section_lines(section: Section, outcomes: Mapping[str, Outcome], zoo: Mappin
     shown = [name for name in VARIANTS if not (section.compact and name.startswith("dense"))]
     head = [column.title for column in section.columns]
     head += [words.variant_title(name) for name in shown]
+    head += ["error %"] if section.compact else []
     head += [] if metric.endswith("agreement") else ["agreement"]
     head += ["zeros %", "seconds", "peak MiB"]
     lines = ["", f"## {section.title}", "", section.text, ""]
@@ -100,9 +120,14 @@ def section_lines(section: Section, outcomes: Mapping[str, Outcome], zoo: Mappin
             if name.startswith("dense") and name in first.variants
         ]
         lines += [f"For comparison: {', '.join(dense)}. The command is that of the first row.", ""]
-    lines += table(
-        head, [[*(c.cell(e) for c in section.columns), *row(outcomes[e.name], shown)] for e in done]
-    )
+    rows = [
+        [
+            *(c.cell(e) for c in section.columns),
+            *row(outcomes[e.name], shown, with_error=section.compact),
+        ]
+        for e in done
+    ]
+    lines += table(head, rows)
     return [*lines, "", "```sh", *_commands(section, done, zoo), "```"]
 
 
@@ -128,7 +153,9 @@ def page(
         "",
         "Accuracies are top-1 in percent. Behind each stands the difference to the dense model on the same",
         "samples, in points, with its 95 % interval (paired). Agreement is the percent of samples on which",
-        "the sparse INT8 model decides as the dense one does. Zeros are counted in the written INT8 model,",
+        "the sparse INT8 model decides as the dense one does. Error, where it is shown, is the energy of",
+        "the difference between the sparse model's output (before INT8) and the dense model's, in percent",
+        "of that of the dense model's output. Zeros are counted in the written INT8 model,",
         "over all layers that take part. Seconds and peak memory are those of the whole run: moments,",
         "pruning, reconstruction and correction, INT8, a dense INT8 model for comparison, validation of all",
         "four, latency. No labels are used but to judge.",
@@ -140,7 +167,7 @@ def page(
     ]
     for section in SECTIONS:
         lines += section_lines(section, outcomes, zoo)
-    return "\n".join([*lines, *more]) + "\n"
+    return "\n".join([*lines, *more, *ELSEWHERE]) + "\n"
 
 
 def _setting(outcomes: Mapping[str, Outcome]) -> list[str]:

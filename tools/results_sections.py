@@ -72,8 +72,8 @@ class Column:
 class Section:
     """One table of the page.
 
-    ``columns`` name its rows. A compact one shows neither the dense variants, which are the same in all rows,
-    nor the command of every row: its rows differ from the first one's by what ``columns`` say.
+    ``columns`` name its rows. A compact one shows the output's error but neither the dense variants, which are the
+    same in all rows, nor the command of every row: its rows differ from the first one's by what ``columns`` say.
     """
 
     title: str
@@ -157,7 +157,6 @@ _PICTURES = (_MOBILENET, "squeezenet1_1", "mobilenet_v2_100_dequant")
 _PERFORMANCE = "quantization.preset=performance"
 _ALLOCATIONS = ("l2_normalized_magnitude", "uniform", "magnitude", "lamp", "erk")
 _COMPARED = (
-    *(f"allocation.method={name}" for name in _ALLOCATIONS),
     *(f"pruning.method={name}" for name in ("magnitude", "magnitude_refit", "exact_obs")),
     "reconstruction.input=dense",
     "correction.differential=never",
@@ -333,10 +332,9 @@ SECTIONS = (
         _run(lambda experiment: f"{experiment.percent} %, {_difference(experiment)}"),
     ),
     Section(
-        "Allocations, solvers and corrections",
-        f"{_RESNET20} at 80 %, one setting changed at a time. The default is `allocation.method="
-        "output_distortion`, `pruning.method=admm`, `reconstruction.input=sparse`, "
-        "`correction.differential=helps`.",
+        "Solvers and corrections",
+        f"{_RESNET20} at 80 %, one setting changed at a time. The default is `pruning.method=admm`, "
+        "`reconstruction.input=sparse`, `correction.differential=helps`.",
         (
             Experiment(_RESNET20, 80, bare=True),
             *(Experiment(_RESNET20, 80, settings=(setting,), bare=True) for setting in _COMPARED),

@@ -156,6 +156,9 @@ def test_the_page_shows_what_is_in_the_cache(
     assert [row.split(" | ")[0] for row in rows] == ["| `pruning.method`", "| `admm`", "| `exact_obs`"]
     for name in ("sparse", "sparse_int8"):
         assert f"| {variants[name]['metrics'][metric]:.2f}" in rows[1]
+    found = 100.0 * 10.0 ** (-variants["sparse"]["metrics"]["sqnr"] / 10.0)
+    assert "| error % |" in table
+    assert f"| {found:.2f} |" in rows[1]
     assert f"For comparison: dense {variants['dense']['metrics'][metric]:.2f}" in table
     assert table.count("pot-sparsity optimize") == 1
     assert f"| {cached['first'].entry} | unstructured | 0.5 | 12.50 | 12.50 |" in text

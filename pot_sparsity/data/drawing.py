@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from pot_sparsity.algorithms.arrays import AnyArray
 from pot_sparsity.data.augment import pick
 from pot_sparsity.data.dataset import Batch, Dataset
 from pot_sparsity.data.images import infer_layout
+from pot_sparsity.errors import DataError
 
 #: Samples read at once when they are stored.
 READ = 32
@@ -35,6 +38,11 @@ class Drawn:
         "Knowledge distillation: a good teacher is patient and consistent").
     seed
         Of all draws.
+
+    Raises
+    ------
+    DataError
+        The temporary file cannot be written.
     """
 
     def __init__(self, dataset: Dataset, *, vary: bool, seed: int) -> None:
@@ -101,12 +109,20 @@ class Drawn:
         return result
 
     def _store(self, dataset: Dataset) -> None:
-        start = 0
-        for batch in dataset.batches(READ):
-            for index, (name, array) in enumerate(batch.inputs.items()):
-                if name not in self._arrays:
-                    self._arrays[name] = np.lib.format.open_memmap(
-                        self._folder / f"{index}.npy", "w+", array.dtype, (self._count, *array.shape[1:])
-                    )
-                self._arrays[name][start : start + batch.size] = array
-            start += batch.size
+        try:
+            with ExitStack() as stack:
+                files: dict[str, BinaryIO] = {}
+                for batch in dataset.batches(READ):
+                    for name, array in batch.inputs.items():
+                        if name not in files:
+                            path = self._folder / f"{len(files)}.npy"
+                            files[name] = stack.enter_context(path.open("wb"))
+                            shape = (self._count, *array.shape[1:])
+                            kind = np.lib.format.dtype_to_descr(array.dtype)
+                            head = {"descr": kind, "fortran_order": False, "shape": shape}
+                            np.lib.format.write_array_header_2_0(files[name], head)
+                        files[name].write(np.ascontiguousarray(array).data)
+            for index, name in enumerate(files):
+                self._arrays[name] = np.load(self._folder / f"{index}.npy", mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise DataError(f"samples do not fit into a temporary file: {error.strerror}") from None

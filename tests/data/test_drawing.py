@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,6 +237,31 @@ def test_the_file_is_gone_behind_the_last_draw(temporary: Path) -> None:
     with Drawn(Rows(x=normal(3, 4)), vary=True, seed=0) as drawn:
         next(drawn.epoch(2))
         assert len(list(temporary.iterdir())) == 1
+    assert not list(temporary.iterdir())
+
+
+def test_a_full_disk_is_an_error_of_the_data(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, limit = Path.open, 100
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file, self.written = file, 0
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *what: object) -> None:
+            self.file.close()
+
+        def write(self, data: Any) -> None:
+            self.written += memoryview(data).nbytes
+            if self.written > limit:
+                raise OSError(28, "No space left on device")
+            self.file.write(data)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode="r": Full(genuine(path, mode)))
+    with pytest.raises(DataError, match=r"temporary file: No space left on device"):
+        Drawn(Rows(x=normal(30, 4)), vary=True, seed=0)
     assert not list(temporary.iterdir())
 
 

@@ -180,6 +180,7 @@ def test_options_reach_the_pipeline(calls: Calls) -> None:
         "allocations": None,
         "points": None,
         "budget": {},
+        "timings": None,
         "correct": "bias",
         "grid": GRID,
         "output": Path("out"),
@@ -201,6 +202,8 @@ def test_options_reach_the_pipeline(calls: Calls) -> None:
     more += [
         "--budget",
         "size=0.2",
+        "--timings",
+        "cpu.json",
         "--correct",
         "full",
         "--grid",
@@ -214,6 +217,7 @@ def test_options_reach_the_pipeline(calls: Calls) -> None:
     assert calls.named["allocations"] == ["lamp", "erk"]
     assert calls.named["points"] == [0.5, 0.9]
     assert calls.named["budget"] == {"flops": [0.5, 0.25], "size": [0.2]}
+    assert calls.named["timings"] == Path("cpu.json")
     assert (calls.named["correct"], calls.named["grid"], calls.named["database"]) == ("full", 0.9, Path("d"))
     assert cast(Recipe, calls.named["recipe"]).pruning.pattern == "block:4"
 

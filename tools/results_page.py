@@ -114,12 +114,7 @@ def section_lines(section: Section, outcomes: Mapping[str, Outcome], zoo: Mappin
     head += ["zeros %", "seconds", "peak MiB"]
     lines = ["", f"## {section.title}", "", section.text, ""]
     if section.compact:
-        dense = [
-            f"{words.variant_title(name)} {cell(first.variants[name], metric)}"
-            for name in VARIANTS
-            if name.startswith("dense") and name in first.variants
-        ]
-        lines += [f"For comparison: {', '.join(dense)}. The command is that of the first row.", ""]
+        lines += [f"For comparison: {_dense(done, outcomes)}. The command is that of the first row.", ""]
     rows = [
         [
             *(c.cell(e) for c in section.columns),
@@ -129,6 +124,21 @@ def section_lines(section: Section, outcomes: Mapping[str, Outcome], zoo: Mappin
     ]
     lines += table(head, rows)
     return [*lines, "", "```sh", *_commands(section, done, zoo), "```"]
+
+
+def _dense(done: Sequence[Experiment], outcomes: Mapping[str, Outcome]) -> str:
+    """Metrics of the dense variants, which are the same in all rows of a network."""
+    found: dict[str, Outcome] = {}
+    for experiment in done:
+        found.setdefault(experiment.entry, outcomes[experiment.name])
+    parts = [
+        f"{f'{entry} ' if len(found) > 1 else ''}{words.variant_title(name)} "
+        f"{cell(outcome.variants[name], outcome.data.metric)}"
+        for entry, outcome in found.items()
+        for name in VARIANTS
+        if name.startswith("dense") and name in outcome.variants
+    ]
+    return ", ".join(parts)
 
 
 def _commands(section: Section, done: Sequence[Experiment], zoo: Mapping[str, Any]) -> list[str]:

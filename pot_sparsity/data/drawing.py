@@ -125,4 +125,4 @@ class Drawn:
             for index, name in enumerate(files):
                 self._arrays[name] = np.load(self._folder / f"{index}.npy", mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            raise DataError(f"samples do not fit into a temporary file: {error.strerror}") from None
+            raise DataError(f"samples cannot be kept in a temporary file: {error.strerror}") from None

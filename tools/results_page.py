@@ -14,6 +14,7 @@ from results_sections import (  # type: ignore[import-not-found]
     command,
 )
 
+from pot_sparsity.pipeline.evaluate import relative_error
 from pot_sparsity.report import words
 from pot_sparsity.report.schema import DataSpec, Machine, Report, Variant, Versions
 
@@ -77,7 +78,7 @@ def error(variant: Variant | None) -> str:
     """Energy of the output's error in percent of the output's."""
     if variant is None or "sqnr" not in variant.metrics:
         return words.ABSENT
-    return f"{100.0 * 10.0 ** (-variant.metrics['sqnr'] / 10.0):.2f}"
+    return f"{100.0 * relative_error(variant.metrics):.2f}"
 
 
 def row(outcome: Outcome, shown: Sequence[str], *, with_error: bool = False) -> list[str]:

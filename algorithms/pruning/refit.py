@@ -106,16 +106,18 @@ def _refit_group(
     kept = np.count_nonzero(mask[group, rows], axis=1).astype(np.float64)
     cost = float((kept**3).sum()) / 6
     by_gradients = 2 * cost > _EXPECTED_PRODUCTS * 2.0 * len(rows) * len(second) ** 2
-    dear = start is not None and cost > _DEAR
-    brief = products is not None and cost > _BRIEF
+    near: int | None = None  # products that bring it near
+    if products is not None and cost > _BRIEF:
+        near = products
+    elif start is not None and cost > _DEAR:
+        near = _PRODUCTS
     first = target if start is None else start[group]
 
     def solve(part: slice) -> float:
         some = rows[part]
         right = target[some] @ second
-        if dear or brief:
-            number = products if brief and products is not None else _PRODUCTS
-            weight[group, some] = _approach(second, right, mask[group, some], first[some], number)
+        if near is not None:
+            weight[group, some] = _approach(second, right, mask[group, some], first[some], near)
             return 0.0
         if by_gradients:
             solved, damping = conjugate_gradients(second, right, mask[group, some], target[some], first[some])
@@ -128,7 +130,8 @@ def _refit_group(
             damping = max(damping, used)
         return damping
 
-    return max(pool.map(solve, slices(len(rows), _ROWS if by_gradients or dear or brief else _ROWS // 8)))
+    together = _ROWS if by_gradients or near is not None else _ROWS // 8
+    return max(pool.map(solve, slices(len(rows), together)))
 
 
 def refitted(

@@ -114,7 +114,12 @@ def distance(metrics: dict[str, float]) -> tuple[str, float]:
     """
     if "detection_overlap" in metrics:
         return "1 - detection overlap", 1.0 - metrics["detection_overlap"] / 100.0
-    return "relative output error", 10.0 ** (-metrics["sqnr"] / 10.0)
+    return "relative output error", relative_error(metrics)
+
+
+def relative_error(metrics: dict[str, float]) -> float:
+    """Energy of the output's error relative to the output's, from its signal-to-noise ratio."""
+    return float(10.0 ** (-metrics["sqnr"] / 10.0))
 
 
 def measure_latency(

@@ -6,7 +6,7 @@ latency is milliseconds, times are seconds.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -116,10 +116,13 @@ class Iteration(_Part):
     accepted: bool
 
 
+BudgetKind: TypeAlias = Literal["sparsity", "flops", "bops", "size", "latency"]
+
+
 class BudgetReport(_Part):
     """One budget: what was asked for, and what the sparse model, as written, costs."""
 
-    kind: Literal["sparsity", "flops", "bops", "size", "latency"]
+    kind: BudgetKind
     asked: float = Field(
         description="the largest fraction of the dense model's cost that may remain; of sparsity, the least fraction "
         "of zeros"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pot_sparsity.report.schema import DataSpec, Machine, ModelSpec, Stage, Versions
+from pot_sparsity.report.schema import BudgetKind, DataSpec, Machine, ModelSpec, Stage, Versions
 
 SWEEP_VERSION = "1.0"
 Correction = Literal["none", "bias", "full"]
@@ -47,7 +47,7 @@ class SweepPoint(_Part):
 
     id: str = Field(description="its name for optimize --point, such as output_distortion@0.80")
     allocation: str
-    budget: Literal["sparsity", "flops", "bops", "size", "latency"] = Field(description="what was asked for")
+    budget: BudgetKind = Field(description="what was asked for")
     bound: float = Field(
         description="the least sparsity, or the fraction of the dense model's cost that may remain"
     )

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, cast, get_args
 
 from pot_sparsity.algorithms.allocation import ALLOCATIONS
 from pot_sparsity.errors import DataError, ModelError, RecipeError, UserError
 from pot_sparsity.pipeline.job import Job
 from pot_sparsity.pipeline.reporting import digest
 from pot_sparsity.recipe import OUTPUT_DISTORTION, Recipe, load_recipe, validate_recipe
-from pot_sparsity.report.schema import Decision
+from pot_sparsity.report.schema import BudgetKind, Decision
 from pot_sparsity.report.sweep_io import read_sweep
 from pot_sparsity.report.sweep_schema import Sweep, SweepPoint
 
-Kind: TypeAlias = Literal["sparsity", "flops", "bops", "size", "latency"]
 #: What a point can be asked for.
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 #: Sparsities of a sweep that is not told any.
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: Allocations that a sweep compares, the first drawn first.
@@ -29,7 +28,7 @@ ALL = (OUTPUT_DISTORTION, "l2_normalized_magnitude", "lamp", "erk", "uniform", "
 class Asked:
     """One point of the trade-off: ``sparsity`` at least, or a fraction of the dense model's cost at most."""
 
-    kind: Kind
+    kind: BudgetKind
     bound: float
 
     def __str__(self) -> str:

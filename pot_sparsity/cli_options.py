@@ -64,7 +64,8 @@ RecipeSource = Annotated[
         "--recipe",
         "-r",
         metavar="FILE|NAME",
-        help="A YAML file, or one that ships: default, obc, obc_bops, pot, rd, rd_iterative.  [default: default]",
+        help="A YAML file, or one that ships: default, obc, obc_bops, pot, rd, rd_iterative, thorough.  "
+        "[default: default]",
     ),
 ]
 Sparsity = Annotated[

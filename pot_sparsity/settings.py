@@ -268,10 +268,11 @@ class ScheduleSettings(Section):
     resolution: float = Field(
         0.01, ge=0.001, le=1.0, description="how near to the sparsest model the bisection gets"
     )
-    start: Literal["dense", "previous"] = Field(
+    start: Literal["dense", "previous", "model"] = Field(
         "dense",
-        description="what an iteration prunes: the dense weights, or those that the one before ended with (as in the "
-        "POT paper: zeros stay, tuning goes on)",
+        description="what an iteration prunes: dense, the dense weights; previous, those that the one before ended "
+        "with (as in the POT paper: zeros stay, tuning goes on); model, the whole model that it ended with, by new "
+        "moments and curves and fitted to its outputs, so that only the last steps look at the dense model",
     )
     max_drop: float | None = Field(
         None, ge=0.0, description="largest allowed drop of the metric, in its points"
@@ -281,7 +282,7 @@ class ScheduleSettings(Section):
     def _bisection_has_a_limit(self) -> ScheduleSettings:
         if self.kind == "bisection" and self.max_drop is None:
             raise ValueError("'kind: bisection' needs max_drop")
-        if self.kind == "bisection" and self.start == "previous":
+        if self.kind == "bisection" and self.start != "dense":
             raise ValueError("'kind: bisection' needs 'start: dense'")
         return self
 

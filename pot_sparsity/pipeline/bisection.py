@@ -17,7 +17,7 @@ from pot_sparsity.report.schema import Iteration
 def bisects(recipe: Recipe) -> bool:
     """Whether the sparsity is found by bisection: on request, or where ``max_drop`` leaves the schedule open."""
     schedule = recipe.schedule
-    in_order = schedule.start == "previous" or is_iterative(recipe)
+    in_order = schedule.start != "dense" or is_iterative(recipe)
     wanted = schedule.kind == "auto" and schedule.max_drop is not None and not in_order
     return wanted or schedule.kind == "bisection"
 

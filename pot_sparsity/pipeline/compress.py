@@ -40,9 +40,14 @@ from pot_sparsity.report.schema import Decision
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Everything an iteration needs and never changes."""
+    """Everything an iteration needs and never changes.
+
+    ``prepared`` and ``dense`` are what is pruned and what layers are fitted to; the last steps bring the output of the
+    whole near to that of ``reference``, the dense model.
+    """
 
     prepared: Prepared
+    reference: Model
     dense: Sequence[DenseLayer]
     moments: Mapping[str, Moments]
     held_moments: Mapping[str, Moments]
@@ -259,6 +264,7 @@ def _finished(around: Surroundings, best: Compressed, guard: Guard, key: str) ->
         return best
     finish = Finish(
         around.prepared.model,
+        around.reference,
         around.dense,
         {name: moments.count for name, moments in around.moments.items()},
         around.fit,

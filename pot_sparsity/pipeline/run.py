@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pot_sparsity.algorithms.allocation.curves import Curve
 from pot_sparsity.algorithms.arrays import Moments
@@ -36,6 +36,19 @@ from pot_sparsity.pipeline.priors import layers_before_pooling, with_priors
 from pot_sparsity.pipeline.reporting import fingerprint
 from pot_sparsity.pipeline.solve import DenseLayer, Solution, read_dense, scarce
 from pot_sparsity.report.schema import Iteration
+
+#: Moments in the run folder: of what layers are fitted to, of held-out samples, and of single positions.
+_MOMENTS, _HELD_OUT, _POSITIONS = "moments", "held-out moments", "moments before pooling"
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Layers and what their inputs were like: for the fits, for judging those of few samples, and for priors."""
+
+    dense: Sequence[DenseLayer]
+    moments: Mapping[str, Moments]
+    held: Mapping[str, Moments]
+    positions: Mapping[str, Moments]
 
 
 class Run:
@@ -114,19 +127,7 @@ class Run:
         mark = {} if self.job.folder.path is None else self._fingerprint()
         self.job.folder.check_resumable(mark)
         with recorder.stage("moments"):
-            moments = load_moments(self.job.folder, "moments", prepared.layers)
-            if moments is None:
-                moments = self._collect(prepared, prepared.layers, self.job.fit)
-            few = [item.layer for item in dense if scarce(item, moments[item.layer.name])]
-            held = load_moments(self.job.folder, "held-out moments", few)
-            if held is None:
-                judging = self._held_out(prepared.model)
-                held = self._collect(prepared, few, judging) if judging and few else {}
-            pooled = layers_before_pooling(prepared.model.graph, few)
-            positions = load_moments(self.job.folder, "moments before pooling", pooled)
-            if positions is None:
-                positions = self._collect(prepared, pooled, self.job.fit) if pooled else {}
-            dense = with_priors(dense, moments, positions)
+            seen = self._seen(prepared, dense)
         if self.job.judging is self.job.validation:
             judge = evaluator
         else:
@@ -134,14 +135,13 @@ class Run:
             stack.callback(judge.close)
         self.job.folder.open(mark)
         keep_timings(self.job.folder, timings)
-        store_moments(self.job.folder, "moments", moments)
-        store_moments(self.job.folder, "held-out moments", held)
-        store_moments(self.job.folder, "moments before pooling", positions)
+        self._keep(seen)
         around = Surroundings(
             prepared,
-            dense,
-            moments,
-            held,
+            prepared.model,
+            seen.dense,
+            seen.moments,
+            seen.held,
             self.job.fit,
             self.job.held_out,
             self.job.engine,
@@ -151,12 +151,33 @@ class Run:
             recorder,
             self.job.progress,
             judge,
-            self._curves(prepared.model, dense, moments, held, judge) if curves else {},
+            self._curves(prepared.model, seen.dense, seen.moments, seen.held, judge) if curves else {},
             self.job.options.database,
             self.job.costs,
             self.job.options.given,
         )
         return around, evaluator
+
+    def _seen(self, prepared: Prepared, dense: Sequence[DenseLayer], suffix: str = "") -> _Seen:
+        """Moments of a model's layers, from the run folder if it has them; ``suffix`` tells iterations apart."""
+        moments = load_moments(self.job.folder, _MOMENTS + suffix, prepared.layers)
+        if moments is None:
+            moments = self._collect(prepared, prepared.layers, self.job.fit)
+        few = [item.layer for item in dense if scarce(item, moments[item.layer.name])]
+        held = load_moments(self.job.folder, _HELD_OUT + suffix, few)
+        if held is None:
+            judging = self._held_out(prepared.model)
+            held = self._collect(prepared, few, judging) if judging and few else {}
+        pooled = layers_before_pooling(prepared.model.graph, few)
+        positions = load_moments(self.job.folder, _POSITIONS + suffix, pooled)
+        if positions is None:
+            positions = self._collect(prepared, pooled, self.job.fit) if pooled else {}
+        return _Seen(with_priors(dense, moments, positions), moments, held, positions)
+
+    def _keep(self, seen: _Seen, suffix: str = "") -> None:
+        store_moments(self.job.folder, _MOMENTS + suffix, seen.moments)
+        store_moments(self.job.folder, _HELD_OUT + suffix, seen.held)
+        store_moments(self.job.folder, _POSITIONS + suffix, seen.positions)
 
     def _mixed(
         self, around: Surroundings, evaluator: Evaluator
@@ -280,6 +301,27 @@ class Run:
             return noise_like(samples, most, self.job.recipe.seed)
         return spread(samples, most)
 
+    def _based_on(self, around: Surroundings, model: Model, index: int) -> Surroundings:
+        """As if a sparse model were the dense one: its own layers are pruned further, and fitted to its outputs."""
+        suffix = f"-{index}"
+        prepared = replace(around.prepared, model=model)
+        with self.job.recorder.stage("moments"):
+            seen = self._seen(prepared, read_dense(model, prepared.layers, prepared.gains), suffix)
+        self._keep(seen, suffix)
+        curves = (
+            self._curves(model, seen.dense, seen.moments, seen.held, around.judge, f"curves{suffix}")
+            if around.given is None
+            else {}
+        )
+        return replace(
+            around,
+            prepared=prepared,
+            dense=seen.dense,
+            moments=seen.moments,
+            held_moments=seen.held,
+            curves=curves,
+        )
+
     def _sparsities(self) -> list[float]:
         schedule, target = self.job.recipe.schedule, self.job.recipe.sparsity
         once = schedule.kind == "one_shot" or (schedule.kind == "auto" and schedule.max_drop is None)
@@ -299,8 +341,12 @@ class Run:
     def _targets(self, dense: Sequence[DenseLayer]) -> list[Target]:
         """What every iteration is to reach."""
         if self.job.recipe.budget:
-            return budget_targets(self.job.recipe)
-        return [Target(sparsity) for sparsity in self._rounds(dense)]
+            targets = budget_targets(self.job.recipe)
+        else:
+            targets = [Target(sparsity) for sparsity in self._rounds(dense)]
+        if self.job.recipe.schedule.start != "model":
+            return targets
+        return [*(target for target in targets[:-1] if target.asks), targets[-1]]
 
     def _check_targets(self, dense: Sequence[DenseLayer]) -> None:
         """Raise RecipeError for what no allocation can reach."""
@@ -324,8 +370,11 @@ class Run:
         accepted: list[tuple[Compressed, Evaluation]] = []
         previous: dict[str, Solution] | None = None
         iterative = is_iterative(self.job.recipe)
+        start = self.job.recipe.schedule.start
         for index, target in enumerate(self._targets(around.dense)):
-            if iterative and accepted:
+            if start == "model" and accepted:
+                around = self._based_on(around, accepted[-1][0].model, index)
+            elif iterative and accepted:
                 around = self._measured_again(around, accepted[-1][0].model, f"curves-{index}")
             iteration, compressed, found = try_target(self.job, around, evaluator, target, index, previous)
             iterations.append(iteration)
@@ -334,6 +383,6 @@ class Run:
             if self.job.recipe.schedule.max_drop is None:
                 accepted.clear()
             accepted.append((compressed, found))
-            if self.job.recipe.schedule.start == "previous" or iterative:
+            if start == "previous" or (iterative and start != "model"):
                 previous = compressed.solutions
         return iterations, accepted

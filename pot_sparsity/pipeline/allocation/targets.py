@@ -33,6 +33,13 @@ class Target:
     budget: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def asks(self) -> bool:
+        """Whether it asks for anything that the dense model is not."""
+        if not self.budget:
+            return self.sparsity > 0.0
+        return any(bound > 0.0 if kind == "sparsity" else bound < 1.0 for kind, bound in self.budget.items())
+
+    @property
     def key(self) -> str:
         """A name for its state in the run folder."""
         if not self.budget:

@@ -58,8 +58,10 @@ class Finish:
 
     Parameters
     ----------
+    base
+        The prepared model that was pruned: what layers are fitted to. The sparse ones have the same structure.
     dense_model
-        The prepared model; the sparse ones have the same structure.
+        Whose output is wanted: the same, or what it was before earlier iterations.
     dense
         The dense layers that take part.
     seen
@@ -74,6 +76,7 @@ class Finish:
 
     def __init__(
         self,
+        base: Model,
         dense_model: Model,
         dense: Sequence[DenseLayer],
         seen: Mapping[str, float],
@@ -87,6 +90,7 @@ class Finish:
         folder: RunFolder,
         key: str,
     ) -> None:
+        self._base = base
         self._dense_model = dense_model
         self._dense = dense
         self._seen = seen
@@ -137,7 +141,7 @@ class Finish:
             ]
         candidates = [Candidate(slack, model.copy(), dict(solutions)) for slack in settings.slack]
         fit_behind(
-            self._dense_model,
+            self._base,
             candidates,
             self._dense,
             self._fit,

@@ -180,6 +180,8 @@ def _check(recipe: Recipe, grid: float) -> None:
         )
     if recipe.allocation.rounds == "iterative":
         raise RecipeError("a sweep measures curves once: set allocation.rounds to one")
+    if recipe.schedule.start == "model":
+        raise RecipeError("every point of a sweep prunes the dense model: set schedule.start to dense")
     if recipe.mixed.enabled:
         raise RecipeError("a sweep is about zeros, not about bits: set mixed.enabled to false")
     if not 0.0 < grid < 1.0:

@@ -330,6 +330,7 @@ def test_latency_is_measured_once_where_no_timings_are_given(
         ({"recipe": merged(FAST, {"mixed": {"enabled": True}})}, "about zeros, not about bits"),
         ({"recipe": merged(FAST, {"pruning": {"pattern": "2:4"}})}, "fixes the zeros of every layer"),
         ({"recipe": merged(FAST, {"allocation": {"rounds": "iterative"}})}, "measures curves once"),
+        ({"recipe": merged(FAST, {"schedule": {"start": "model"}})}, "prunes the dense model"),
         ({"recipe": merged(FAST, {"allocation": {"max_layer_sparsity": 0.4}})}, "max_layer_sparsity"),
     ],
 )

@@ -231,8 +231,8 @@ def _summary(lost: Sequence[Contest]) -> list[str]:
         for measure in (output_error, logit_kl)
     )
     lines = [
-        f"Of these {len(lost)} differences {_count(lost, 'within the noise')} are within the noise of the pictures, "
-        f"and output distortion is behind in {len(behind)}{_places(behind)}.",
+        f"Of these {len(lost)} differences {_count(lost, 'equal')} are none at all, {_count(lost, 'within the noise')} "
+        f"are within the noise of the pictures, and output distortion is behind in {len(behind)}{_places(behind)}.",
         f"In {errors} of the {len(lost)} it nevertheless has the smaller output error, in {divergences} the smaller "
         "logit KL.",
         "Where the distance that it minimises is the smaller one, that distance does not rank these models as top-1 "

@@ -164,8 +164,8 @@ def test_the_page(network: Any) -> None:
     assert re.search(row, closing)
     assert "| net | 80 % | `erk` | +0.00, equal | - | 0.4 / 0.3 / - | 0.2 / 0.15 / - |" in closing
     assert closing.splitlines()[-4:] == [
-        "Of these 3 differences 1 are within the noise of the pictures, and output distortion is behind in 1 "
-        "(net at 90 %).",
+        "Of these 3 differences 1 are none at all, 1 are within the noise of the pictures, and output distortion is "
+        "behind in 1 (net at 90 %).",
         "In 2 of the 3 it nevertheless has the smaller output error, in 2 the smaller logit KL.",
         "Where the distance that it minimises is the smaller one, that distance does not rank these models as top-1 "
         "does; elsewhere what single layers do to the output does not add up to what they do together.",
@@ -176,7 +176,8 @@ def test_the_page(network: Any) -> None:
 def test_what_is_not_compared_counts_as_neither(network: Any) -> None:
     closing = pages.closing([pages.Network("net", network.sweep, "", {})])
     start = closing.index(
-        "Of these 3 differences 0 are within the noise of the pictures, and output distortion is behind in 0."
+        "Of these 3 differences 1 are none at all, 0 are within the noise of the pictures, and output distortion is "
+        "behind in 0."
     )
     assert closing[start + 1] == "2 are not compared picture by picture yet and count as neither."
 
